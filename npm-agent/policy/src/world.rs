@@ -1,0 +1,196 @@
+//! The present cluster: the objects as last seen, and indexes over them.
+//!
+//! A [`World`] is a function of the objects it holds, never of the order in which they came. It stores and finds; it
+//! decides nothing about policies.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::ops::Bound;
+use std::sync::Arc;
+
+use crate::model::{Labels, Namespace, Pod, PodKey, PodNetwork, PodPhase, Policy, PolicyKey};
+
+/// One object as it is from now on; `None`: it is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A pod.
+    Pod(PodKey, Option<Pod>),
+    /// A namespace.
+    Namespace(Arc<str>, Option<Namespace>),
+    /// A policy.
+    Policy(PolicyKey, Option<Policy>),
+}
+
+/// A label, as an index key.
+type Label = (Arc<str>, Arc<str>);
+
+/// The present cluster.
+#[derive(Clone, Debug, Default)]
+pub struct World {
+    pods: BTreeMap<PodKey, Arc<Pod>>,
+    namespaces: BTreeMap<Arc<str>, Arc<Namespace>>,
+    policies: BTreeMap<PolicyKey, Arc<Policy>>,
+    /// Who claims an address, the holder last: (created, key), see [`World::holder`].
+    claims: BTreeMap<IpAddr, BTreeSet<(i64, PodKey)>>,
+    pods_by_label: BTreeMap<Label, BTreeSet<PodKey>>,
+}
+
+impl PartialEq for World {
+    fn eq(&self, other: &Self) -> bool {
+        // The other fields are indexes over these.
+        self.pods == other.pods && self.namespaces == other.namespaces && self.policies == other.policies
+    }
+}
+
+impl World {
+    /// Replaces one object. A pod or policy whose own key differs from the change's is stored under its own key by
+    /// the caller's mistake only; the key of the change counts.
+    pub fn apply(&mut self, change: Change) {
+        match change {
+            Change::Pod(key, pod) => {
+                if let Some(old) = self.pods.remove(&key) {
+                    self.unindex(&key, &old);
+                }
+                if let Some(pod) = pod {
+                    self.index(&key, &pod);
+                    self.pods.insert(key, Arc::new(pod));
+                }
+            }
+            Change::Namespace(name, namespace) => match namespace {
+                Some(namespace) => drop(self.namespaces.insert(name, Arc::new(namespace))),
+                None => drop(self.namespaces.remove(&name)),
+            },
+            Change::Policy(key, policy) => match policy {
+                Some(policy) => drop(self.policies.insert(key, Arc::new(policy))),
+                None => drop(self.policies.remove(&key)),
+            },
+        }
+    }
+
+    /// All pods, in order of their keys.
+    pub fn pods(&self) -> impl Iterator<Item = &Arc<Pod>> {
+        self.pods.values()
+    }
+
+    /// One pod.
+    pub fn pod(&self, key: &PodKey) -> Option<&Arc<Pod>> {
+        self.pods.get(key)
+    }
+
+    /// The pods of a namespace.
+    pub fn pods_in<'a>(&'a self, namespace: &'a Arc<str>) -> impl Iterator<Item = &'a Arc<Pod>> {
+        let first = PodKey::new(Arc::clone(namespace), "");
+        self.pods
+            .range((Bound::Included(first), Bound::Unbounded))
+            .take_while(move |(key, _)| key.namespace == *namespace)
+            .map(|(_, pod)| pod)
+    }
+
+    /// The pods that carry a label, in all namespaces.
+    pub fn pods_with<'a>(
+        &'a self,
+        key: &Arc<str>,
+        value: &Arc<str>,
+    ) -> impl Iterator<Item = &'a Arc<Pod>> + use<'a> {
+        let keys = self.pods_by_label.get(&(Arc::clone(key), Arc::clone(value)));
+        keys.into_iter().flatten().filter_map(|key| self.pods.get(key))
+    }
+
+    /// All namespaces that have been seen, in order of their names.
+    pub fn namespaces(&self) -> impl Iterator<Item = &Arc<Namespace>> {
+        self.namespaces.values()
+    }
+
+    /// One namespace, if it has been seen.
+    pub fn namespace(&self, name: &str) -> Option<&Arc<Namespace>> {
+        self.namespaces.get(name)
+    }
+
+    /// The labels of a namespace. One that has not been seen (a pod came before it, or a directory of manifests
+    /// names none) has what every namespace has: [`crate::model::NAMESPACE_NAME_LABEL`].
+    pub fn namespace_labels(&self, name: &Arc<str>) -> Labels {
+        match self.namespaces.get(name) {
+            Some(namespace) => namespace.labels.clone(),
+            None => Namespace::new(Arc::clone(name), Labels::new()).labels,
+        }
+    }
+
+    /// All policies, in order of their keys.
+    pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
+        self.policies.values()
+    }
+
+    /// One policy.
+    pub fn policy(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
+        self.policies.get(key)
+    }
+
+    /// The pod that holds an address: of the active pods with a network of their own that claim it, the one
+    /// created last (then the greatest key). So an address that was given to a new pod before the old one's end
+    /// was seen is the new pod's, in whatever order the events come.
+    pub fn holder(&self, address: IpAddr) -> Option<&Arc<Pod>> {
+        let (_, key) = self.claims.get(&address)?.last()?;
+        self.pods.get(key)
+    }
+
+    /// Everybody who claims an address, the holder last.
+    pub fn claimants(&self, address: IpAddr) -> impl DoubleEndedIterator<Item = &PodKey> {
+        self.claims.get(&address).into_iter().flatten().map(|(_, key)| key)
+    }
+
+    /// The addresses that a pod holds: none for one that has ended or is on the host's network.
+    pub fn addresses_held(&self, pod: &Pod) -> BTreeSet<IpAddr> {
+        if !claims_addresses(pod) {
+            return BTreeSet::new();
+        }
+        let holds = |address: &&IpAddr| self.holder(**address).is_some_and(|holder| holder.key == pod.key);
+        pod.addresses.iter().filter(holds).copied().collect()
+    }
+
+    /// The addresses that more than one pod claims.
+    pub fn contested(&self) -> impl Iterator<Item = IpAddr> {
+        self.claims.iter().filter(|(_, claims)| claims.len() > 1).map(|(address, _)| *address)
+    }
+
+    fn index(&mut self, key: &PodKey, pod: &Pod) {
+        for (name, value) in &pod.labels {
+            let label = (Arc::clone(name), Arc::clone(value));
+            self.pods_by_label.entry(label).or_default().insert(key.clone());
+        }
+        if claims_addresses(pod) {
+            for address in &pod.addresses {
+                self.claims.entry(*address).or_default().insert((pod.created, key.clone()));
+            }
+        }
+    }
+
+    fn unindex(&mut self, key: &PodKey, pod: &Pod) {
+        for (name, value) in &pod.labels {
+            let label = (Arc::clone(name), Arc::clone(value));
+            if let Some(pods) = self.pods_by_label.get_mut(&label) {
+                pods.remove(key);
+                if pods.is_empty() {
+                    self.pods_by_label.remove(&label);
+                }
+            }
+        }
+        if claims_addresses(pod) {
+            for address in &pod.addresses {
+                if let Some(claims) = self.claims.get_mut(address) {
+                    claims.remove(&(pod.created, key.clone()));
+                    if claims.is_empty() {
+                        self.claims.remove(address);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Whether the pod's addresses are its own and in use.
+fn claims_addresses(pod: &Pod) -> bool {
+    match (pod.network, pod.phase) {
+        (PodNetwork::Own, PodPhase::Active) => true,
+        (PodNetwork::Host, PodPhase::Active | PodPhase::Ended) | (PodNetwork::Own, PodPhase::Ended) => false,
+    }
+}

@@ -1,0 +1,3 @@
+//! The npm-agent binary.
+#![forbid(unsafe_code)]
+fn main() {}

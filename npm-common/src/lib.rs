@@ -1,0 +1,5 @@
+//! What the two sides of the kernel boundary must agree on: mark bits, protocol numbers, header layouts.
+#![no_std]
+#![forbid(unsafe_code)]
+
+pub mod mark;
