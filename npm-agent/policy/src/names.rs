@@ -109,6 +109,12 @@ pub fn name_chains<'a>(policies: impl IntoIterator<Item = &'a PolicyKey>) -> BTr
     assign(named, chain_suffix).into_iter().map(|(key, (_, suffix))| (key.clone(), suffix)).collect()
 }
 
+/// The chain suffixes of texts, no two alike, as [`name_chains`].
+pub fn chain_suffixes(texts: BTreeSet<String>) -> BTreeMap<String, String> {
+    let named = texts.into_iter().map(|text| ((), text));
+    assign(named, chain_suffix).into_iter().map(|((), named)| named).collect()
+}
+
 /// Hashes each text, again with a counter while the hash is another's already.
 fn assign<K>(
     texts: impl Iterator<Item = (K, String)>,
