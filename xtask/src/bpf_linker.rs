@@ -37,7 +37,9 @@ pub(crate) fn directory(tree: &Tree, sink: &Sink) -> Result<PathBuf> {
     }
     std::os::unix::fs::symlink(&library, &link).context("linking rustc's LLVM")?;
 
-    sink.say(&format!("building bpf-linker {VERSION} against rustc's LLVM {major} (once; about two minutes)"))?;
+    sink.say(&format!(
+        "building bpf-linker {VERSION} against rustc's LLVM {major} (once; about two minutes)"
+    ))?;
     tree.cargo()
         // Outside the work tree's own build directory and configuration.
         .env("CARGO_TARGET_DIR", home.join("build"))

@@ -4,7 +4,8 @@
 //! and the committed object is compared byte by byte.
 
 use anyhow::{Context, Result};
-use object::build::elf::Builder;
+use object::build::elf::{Builder, SectionData};
+use object::elf::SHT_STRTAB;
 
 /// Gives the object without its debug sections.
 ///
@@ -24,6 +25,14 @@ pub(crate) fn strip(object: &[u8]) -> Result<Vec<u8>> {
         if symbol.section.is_some_and(|section| debug.contains(&section)) {
             symbol.delete = true;
         }
+    }
+    // LLVM keeps section and symbol names in one table; the builder wants a table for each.
+    if !builder.sections.iter().any(|section| matches!(section.data, SectionData::SectionString)) {
+        let names = builder.sections.add();
+        names.name = ".shstrtab".into();
+        names.sh_type = SHT_STRTAB;
+        names.sh_addralign = 1;
+        names.data = SectionData::SectionString;
     }
     let mut stripped = Vec::new();
     builder.write(&mut stripped).context("writing the stripped object")?;

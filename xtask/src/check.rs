@@ -168,7 +168,11 @@ mod tests {
     fn a_step_needs_only_earlier_steps() {
         for (index, step) in STEPS.iter().enumerate() {
             for need in step.needs {
-                assert!(STEPS[..index].iter().any(|earlier| earlier.name == *need), "{} needs {need}", step.name);
+                assert!(
+                    STEPS[..index].iter().any(|earlier| earlier.name == *need),
+                    "{} needs {need}",
+                    step.name
+                );
             }
         }
     }

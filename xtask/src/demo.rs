@@ -18,7 +18,9 @@ use crate::tree::Tree;
 pub(crate) fn run(tree: &Tree, arguments: &[OsString]) -> Result<ExitCode> {
     packages::install_missing(&Sink::Terminal)?;
     if !packages::is_root()? {
-        bail!("the demo makes network namespaces and needs root: sudo -E env PATH=\"$PATH\" cargo xtask demo");
+        bail!(
+            "the demo makes network namespaces and needs root: sudo -E env PATH=\"$PATH\" cargo xtask demo"
+        );
     }
     // One command for both: built apart, their dependencies' features would differ and be built twice.
     let both = ["--package", "npm-agent", "--bin", "npm-agent", "--package", "npm-tests", "--bin", "demo"];

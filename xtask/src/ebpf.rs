@@ -122,7 +122,8 @@ fn build(tree: &Tree, toolchain: &Toolchain, sink: &Sink) -> Result<Vec<u8>> {
 fn flags(tree: &Tree, toolchain: &Toolchain) -> Result<Vec<String>> {
     let mut flags: Vec<String> =
         ["-C", "debuginfo=2", "-C", "link-arg=--btf"].iter().map(|&flag| flag.to_owned()).collect();
-    let mut remap = |from: &Path, to: &str| flags.push(format!("--remap-path-prefix={}={to}", from.display()));
+    let mut remap =
+        |from: &Path, to: &str| flags.push(format!("--remap-path-prefix={}={to}", from.display()));
     remap(&tree.root, "npm-agent");
     remap(&toolchain.library, "library");
     // The directory's name depends on the registry's address.
@@ -135,7 +136,8 @@ fn flags(tree: &Tree, toolchain: &Toolchain) -> Result<Vec<String>> {
 fn registry_sources() -> Result<Vec<PathBuf>> {
     let home = match env::var_os("CARGO_HOME") {
         Some(home) => std::path::absolute(home).context("resolving CARGO_HOME")?,
-        None => PathBuf::from(env::var_os("HOME").context("finding cargo's home: HOME is not set")?).join(".cargo"),
+        None => PathBuf::from(env::var_os("HOME").context("finding cargo's home: HOME is not set")?)
+            .join(".cargo"),
     };
     let sources = home.join("registry/src");
     if !sources.is_dir() {
@@ -195,7 +197,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let tree = Tree { root: directory.path().to_owned(), target: directory.path().join("target") };
         for input in INPUTS {
-            let file = tree.root.join(if input.ends_with("src") { format!("{input}/lib.rs") } else { (*input).into() });
+            let file = tree.root.join(if input.ends_with("src") {
+                format!("{input}/lib.rs")
+            } else {
+                (*input).into()
+            });
             fs::create_dir_all(file.parent().unwrap()).unwrap();
             fs::write(file, input).unwrap();
         }

@@ -67,7 +67,10 @@ pub(crate) fn install_missing(sink: &Sink) -> Result<()> {
         );
     }
     if !is_root()? {
-        bail!("missing:{}\ninstall them, then run again:\n  sudo apt-get install {list}", described(&missing));
+        bail!(
+            "missing:{}\ninstall them, then run again:\n  sudo apt-get install {list}",
+            described(&missing)
+        );
     }
 
     sink.say(&format!("installing with apt-get: {list}{}", described(&missing)))?;
