@@ -371,3 +371,6 @@ fn ports(bytes: &impl Bytes, upper: Upper) -> Result<Option<Ports>, ParseError> 
 fn word(bytes: &impl Bytes, offset: usize) -> Result<u16, ParseError> {
     bytes.array(offset).map(u16::from_be_bytes).ok_or(ParseError::Truncated)
 }
+
+#[cfg(test)]
+mod tests;
