@@ -67,12 +67,12 @@ impl Table {
 fn cases() -> Vec<(String, Case)> {
     let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/cases");
     let mut files: Vec<_> =
-        std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+        std::fs::read_dir(directory).expect("the cases").map(|entry| entry.expect("a file").path()).collect();
     files.sort();
     let mut cases = Vec::new();
     for file in files {
-        let name = file.file_name().unwrap().to_string_lossy().into_owned();
-        let text = std::fs::read_to_string(&file).unwrap();
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let text = std::fs::read_to_string(&file).expect("a readable file");
         match serde_saphyr::from_multiple::<Case>(&text) {
             Ok(documents) => cases.extend(documents.into_iter().map(|case| (name.clone(), case))),
             Err(error) => panic!("{name}: {error}"),
