@@ -17,8 +17,23 @@ use serde::Deserialize;
 
 /// What is run on every mutant: everything that needs no root and no kernel.
 const TESTS: &[&str] = &[
-    "-p", "npm-policy", "-p", "npm-agent", "-p", "npm-tests", "--lib", "--test", "agreement", "--test", "cases",
-    "--test", "rendered", "--test", "convert", "--test", "bad_input",
+    "-p",
+    "npm-policy",
+    "-p",
+    "npm-agent",
+    "-p",
+    "npm-tests",
+    "--lib",
+    "--test",
+    "agreement",
+    "--test",
+    "cases",
+    "--test",
+    "rendered",
+    "--test",
+    "convert",
+    "--test",
+    "bad_input",
 ];
 
 #[derive(Deserialize)]
@@ -44,8 +59,10 @@ enum Outcome {
 
 fn main() -> Result<()> {
     let selection = Selection::parse(std::env::args().skip(1))?;
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the tests crate stands in the tree")?;
-    let list = std::fs::read_to_string(root.join("tests/mutants.yaml")).context("reading tests/mutants.yaml")?;
+    let root =
+        Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the tests crate stands in the tree")?;
+    let list =
+        std::fs::read_to_string(root.join("tests/mutants.yaml")).context("reading tests/mutants.yaml")?;
     let mutants: Vec<Mutant> = serde_saphyr::from_str(&list).context("parsing tests/mutants.yaml")?;
     let mutants = selection.of(mutants);
     ensure!(!mutants.is_empty(), "no mutant is selected");
@@ -88,7 +105,9 @@ impl Selection {
     fn parse(mut args: impl Iterator<Item = String>) -> Result<Self> {
         let selection = match (args.next().as_deref(), args.next()) {
             (None, _) => Self::All,
-            (Some("--sample"), Some(count)) => Self::Sample(count.parse().context("--sample takes a number")?),
+            (Some("--sample"), Some(count)) => {
+                Self::Sample(count.parse().context("--sample takes a number")?)
+            }
             (Some("--only"), Some(text)) => Self::Only(text),
             (Some(other), _) => bail!("unknown or incomplete argument {other}: --sample N or --only TEXT"),
         };
@@ -102,7 +121,8 @@ impl Selection {
             Self::Only(text) => mutants.into_iter().filter(|mutant| mutant.name.contains(text)).collect(),
             Self::Sample(count) => {
                 // Another sample every day, spread over the list.
-                let day = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() / 86_400);
+                let day =
+                    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() / 86_400);
                 let total = mutants.len();
                 let step = (total / (*count).max(1)).max(1);
                 let first = usize::try_from(day).unwrap_or(0) % step;
@@ -141,9 +161,16 @@ impl Tree {
 
     fn with<T>(&self, mutant: &Mutant, act: impl FnOnce(&Self) -> Result<T>) -> Result<T> {
         let path = self.root.join(&mutant.file);
-        let original = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let original =
+            std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         let places = original.matches(&mutant.find).count();
-        ensure!(places == 1, "{}: `{}` stands {places} times in {}", mutant.name, mutant.find, mutant.file.display());
+        ensure!(
+            places == 1,
+            "{}: `{}` stands {places} times in {}",
+            mutant.name,
+            mutant.find,
+            mutant.file.display()
+        );
         std::fs::write(&path, original.replacen(&mutant.find, &mutant.replace, 1))?;
         let result = act(self);
         std::fs::write(&path, original)?;
