@@ -130,6 +130,13 @@ pub struct Expression {
     pub pods: Selector,
 }
 
+impl Expression {
+    /// All pods of all namespaces.
+    pub fn everything() -> Self {
+        Self { namespaces: NamespaceScope::Matching(Selector::everything()), pods: Selector::everything() }
+    }
+}
+
 /// A set's members, by family.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Set {

@@ -14,6 +14,7 @@
 pub mod compile;
 pub mod flow;
 pub mod goal;
+mod judge;
 pub mod model;
 pub mod names;
 pub mod verdict;

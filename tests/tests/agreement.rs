@@ -1,0 +1,285 @@
+//! Oracle = compiled Goal = rendered iptables, on random worlds; the incremental compiler = the full one, after every
+//! change; and the Goal depends on the world only, never on the way to it.
+//!
+//! `NPM_SEED=<number>` repeats a run; `NPM_CASES=<n>` scales it. Counterexamples are kept in
+//! `tests/regressions/agreement.txt` and run first.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use npm_agent::backend::iptables::render::Rendered;
+use npm_policy::compile::{Compiler, compile};
+use npm_policy::flow::{Decision, Flow, Judgement};
+use npm_policy::goal::Goal;
+use npm_policy::model::PodKey;
+use npm_policy::verdict::oracle;
+use npm_policy::world::{Change, World};
+use npm_tests::features::FEATURES;
+use npm_tests::random::{NODES, SplitMix, flows, sequence, world, world_of};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, FileFailurePersistence, RngAlgorithm, TestError, TestRng, TestRunner};
+
+const FLOWS_PER_WORLD: usize = 150;
+
+/// Runs `property` on `cases` values of `strategy`, and prints the seed.
+fn check<S: Strategy>(
+    name: &'static str,
+    cases: u32,
+    strategy: S,
+    property: impl Fn(S::Value) -> Result<(), TestCaseError>,
+) where
+    S::Value: std::fmt::Debug,
+{
+    let seed = match std::env::var("NPM_SEED") {
+        Ok(text) => text.parse().expect("NPM_SEED is a number"),
+        Err(_) => std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |since| u64::try_from(since.as_nanos() & u128::from(u64::MAX)).unwrap_or(0)),
+    };
+    let scale: u32 =
+        std::env::var("NPM_CASES").map_or(1, |text| text.parse().expect("NPM_CASES is a number"));
+    println!("{name}: NPM_SEED={seed}, {} cases", cases * scale);
+    let mut numbers = SplitMix(seed);
+    let bytes: Vec<u8> = (0..4).flat_map(|_| numbers.next().to_le_bytes()).collect();
+    let regressions = concat!(env!("CARGO_MANIFEST_DIR"), "/regressions/agreement.txt");
+    let config = Config {
+        cases: cases * scale,
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(regressions))),
+        max_shrink_iters: 20_000,
+        source_file: Some(file!()),
+        ..Config::default()
+    };
+    let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
+    match runner.run(&strategy, property) {
+        Ok(()) => {}
+        Err(TestError::Fail(reason, value)) => {
+            panic!("{name}: {reason}\nsmallest world: {value:#?}\nNPM_SEED={seed}")
+        }
+        Err(TestError::Abort(reason)) => panic!("{name}: {reason}\nNPM_SEED={seed}"),
+    }
+}
+
+/// Each node's Goal.
+fn goals(world: &World) -> BTreeMap<&'static str, Goal> {
+    NODES.iter().map(|node| (*node, compile(world, node).0)).collect()
+}
+
+/// What the compiled rules say: the destination's node of ingress, the source's of egress.
+fn compiled(world: &World, goals: &BTreeMap<&'static str, Goal>, flow: &Flow) -> (Judgement, Judgement) {
+    let at = |address| {
+        let node = world.holder(address)?.node.as_deref()?;
+        Some(goals.get(node)?.verdict(flow))
+    };
+    let ingress = at(flow.destination).map_or(Judgement::NotIsolated, |verdict| verdict.ingress);
+    let egress = at(flow.source).map_or(Judgement::NotIsolated, |verdict| verdict.egress);
+    (ingress, egress)
+}
+
+/// What the rendered rules and sets of the nodes at both ends do, written as text, read back and interpreted.
+fn rendered(
+    world: &World,
+    nodes: &BTreeMap<&'static str, Rendered>,
+    flow: &Flow,
+) -> Result<Decision, TestCaseError> {
+    let ends = [flow.source, flow.destination].map(|address| world.holder(address)?.node.as_deref());
+    // One node of both sees the flow once.
+    let mut seen = BTreeSet::new();
+    for node in ends.into_iter().flatten().filter(|node| seen.insert(*node)) {
+        let Some(rendered) = nodes.get(node) else { continue };
+        let decision = rendered.decide(flow).map_err(|error| TestCaseError::fail(format!("{error:?}")))?;
+        if decision == Decision::Deny {
+            return Ok(Decision::Deny);
+        }
+    }
+    Ok(Decision::Allow)
+}
+
+/// A pod that no node runs is enforced nowhere; the oracle judges it all the same.
+fn everybody_has_a_node(changes: Vec<Change>) -> Vec<Change> {
+    let place = |change| match change {
+        Change::Pod(key, Some(mut pod)) => {
+            pod.node.get_or_insert_with(|| NODES[0].into());
+            Change::Pod(key, Some(pod))
+        }
+        Change::Pod(_, None) | Change::Namespace(..) | Change::Policy(..) => change,
+    };
+    changes.into_iter().map(place).collect()
+}
+
+#[test]
+fn oracle_goal_and_rendered_iptables_agree() {
+    use std::cell::Cell;
+    let (pairs, isolated, denied) = (Cell::new(0u32), Cell::new(0u32), Cell::new(0u32));
+    check(
+        "oracle = goal = iptables",
+        1000,
+        (world().prop_map(everybody_has_a_node), any::<u64>()),
+        |(changes, seed)| {
+            let world = world_of(changes);
+            let goals = goals(&world);
+            let nodes = goals.iter().map(|(node, goal)| (*node, Rendered::of(goal))).collect();
+            for flow in flows(&world, FLOWS_PER_WORLD, seed) {
+                let expected = oracle(&world, &flow);
+                let iptables = rendered(&world, &nodes, &flow)?;
+                prop_assert_eq!(expected.decision(), iptables, "iptables on {}", flow);
+                let (ingress, egress) = compiled(&world, &goals, &flow);
+                prop_assert_eq!(&expected.ingress, &ingress, "ingress of {}", flow);
+                prop_assert_eq!(&expected.egress, &egress, "egress of {}", flow);
+                pairs.set(pairs.get() + 1);
+                if (&expected.ingress, &expected.egress) != (&Judgement::NotIsolated, &Judgement::NotIsolated)
+                {
+                    isolated.set(isolated.get() + 1);
+                    denied.set(denied.get() + u32::from(expected.decision() == Decision::Deny));
+                }
+            }
+            Ok(())
+        },
+    );
+    let (pairs, isolated, denied) = (pairs.get(), isolated.get(), denied.get());
+    println!("{pairs} pairs, {isolated} with an isolated end, {denied} of these denied");
+    assert!(pairs >= 100_000, "{pairs} pairs");
+    assert!(denied * 100 >= isolated * 30, "{denied} of {isolated} are denied: less than 30 %");
+    assert!(
+        (isolated - denied) * 100 >= isolated * 30,
+        "{denied} of {isolated} are denied: less than 30 % allowed"
+    );
+}
+
+#[test]
+fn every_feature_decides_its_share() {
+    use std::cell::RefCell;
+    let counts = RefCell::new((0u32, vec![0u32; FEATURES.len()], 0u32));
+    check("features", 1500, (world().prop_map(everybody_has_a_node), any::<u64>()), |(changes, seed)| {
+        let world = world_of(changes);
+        let without: Vec<World> = FEATURES.iter().map(|feature| feature.knocked_out(&world)).collect();
+        for flow in flows(&world, 60, seed) {
+            let verdict = oracle(&world, &flow);
+            if (&verdict.ingress, &verdict.egress) == (&Judgement::NotIsolated, &Judgement::NotIsolated) {
+                // A feature that takes isolation away altogether shows here too, but the bar is on judged flows.
+                continue;
+            }
+            let mut counts = counts.borrow_mut();
+            counts.0 += 1;
+            counts.2 += u32::from(flow.source.is_ipv6());
+            for (feature, without) in without.iter().enumerate() {
+                let changed = oracle(without, &flow).decision() != verdict.decision();
+                counts.1[feature] += u32::from(changed);
+            }
+        }
+        Ok(())
+    });
+    let (total, decided, v6) = counts.into_inner();
+    let mut rare = Vec::new();
+    for (feature, count) in FEATURES.iter().zip(&decided) {
+        println!("{:>6.2} % {}", f64::from(*count) * 100.0 / f64::from(total), feature.name);
+        if count * 100 < total {
+            rare.push(feature.name);
+        }
+    }
+    println!("{total} judged flows, {v6} of them IPv6");
+    assert!(rare.is_empty(), "decide less than 1 % of {total} flows: {rare:?}");
+    assert!(v6 * 5 >= total, "less than a fifth of the flows is IPv6");
+}
+
+/// The incremental compiler against the full one.
+fn assert_equal(compiler: &Compiler, node: &str, step: usize) -> Result<(), TestCaseError> {
+    let (goal, warnings) = compile(compiler.world(), node);
+    prop_assert_eq!(&compiler.goal(), &goal, "after change {}", step);
+    prop_assert_eq!(compiler.warnings(), warnings, "warnings after change {}", step);
+    Ok(())
+}
+
+#[test]
+fn incremental_equals_full_after_every_change() {
+    check("incremental = full", 1500, sequence(1..60), |changes| {
+        let mut compiler = Compiler::new(NODES[0]);
+        for (step, change) in changes.into_iter().enumerate() {
+            compiler.apply([change]);
+            assert_equal(&compiler, NODES[0], step)?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn the_goal_depends_on_the_world_only() {
+    check("path independence", 400, sequence(1..50), |changes| {
+        let mut direct = Compiler::new(NODES[0]);
+        direct.apply(changes.clone());
+        // The last change of each object is all that counts.
+        let mut last: Vec<Change> = Vec::new();
+        for change in &changes {
+            last.retain(|earlier| !same_object(earlier, change));
+            last.push(change.clone());
+        }
+        let mut reversed = Compiler::new(NODES[0]);
+        reversed.apply(last.iter().rev().cloned());
+        let mut with_empties = Compiler::new(NODES[0]);
+        for change in &changes {
+            with_empties.apply([gone(change), change.clone()]);
+        }
+        let mut emptied = Compiler::new(NODES[0]);
+        emptied.apply(changes.clone());
+        emptied.apply(changes.iter().map(gone));
+        prop_assert_eq!(&emptied.goal(), &Goal::default(), "an emptied world leaves something");
+        emptied.apply(changes.clone());
+        let mut twice = Compiler::new(NODES[0]);
+        for change in &changes {
+            twice.apply([change.clone(), change.clone()]);
+        }
+        let mut split = Compiler::new(NODES[0]);
+        let kind = |change: &Change| match change {
+            Change::Policy(..) => 0,
+            Change::Namespace(..) => 1,
+            Change::Pod(..) => 2,
+        };
+        for wanted in 0..3 {
+            split.apply(changes.iter().filter(|change| kind(change) == wanted).cloned());
+        }
+        for (name, other) in [
+            ("reversed and squashed", reversed),
+            ("with empties between", with_empties),
+            ("emptied and filled again", emptied),
+            ("everything twice", twice),
+            ("split by kind", split),
+        ] {
+            prop_assert_eq!(&direct.goal(), &other.goal(), "{}", name);
+            prop_assert_eq!(direct.warnings(), other.warnings(), "{}", name);
+        }
+        Ok(())
+    });
+}
+
+fn same_object(one: &Change, other: &Change) -> bool {
+    gone(one) == gone(other)
+}
+
+fn gone(change: &Change) -> Change {
+    match change {
+        Change::Pod(key, _) => Change::Pod(key.clone(), None),
+        Change::Namespace(name, _) => Change::Namespace(name.clone(), None),
+        Change::Policy(key, _) => Change::Policy(key.clone(), None),
+    }
+}
+
+#[test]
+fn one_pod_among_many_touches_what_it_affects() {
+    // 200 namespaces, 10 policies each, 100 pods each: 20,000 pods, 2,000 policies.
+    let changes = npm_tests::random::cluster(200, 100, 10, NODES[0]);
+    let mut compiler = Compiler::new(NODES[0]);
+    compiler.apply(changes);
+    let goal = compiler.goal();
+    assert!(goal.programs.len() >= 5, "{} policies on the node", goal.programs.len());
+    let pods: Vec<PodKey> = compiler.world().pods().map(|pod| pod.key.clone()).step_by(997).collect();
+    let mut most = 0;
+    for key in pods {
+        let mut pod = (**compiler.world().pod(&key).expect("it is there")).clone();
+        let before = compiler.operations();
+        pod.labels.insert("app".into(), "moved".into());
+        compiler.apply([Change::Pod(key.clone(), Some(pod))]);
+        compiler.apply([Change::Pod(key, None)]);
+        most = most.max(compiler.operations() - before);
+    }
+    println!("{} sets; a pod's relabelling and deletion test at most {most} of them", goal.sets.len());
+    assert!(most <= 60, "a pod's change tested {most} sets");
+    assert_eq!(compiler.goal(), compile(compiler.world(), NODES[0]).0);
+}
