@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{SigSet, Signal};
-use npm_agent::source::manifests;
+use npm_agent::source::manifests::{self, Reading};
 use npm_policy::compile::compile;
 use npm_policy::flow::{Decision, Flow, Transport};
 use npm_policy::goal::Family;
@@ -80,7 +80,7 @@ fn demo(args: &Args, interrupts: &SigSet) -> Result<()> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/demo");
     let directory = tempfile::tempdir().context("making a directory for the demo")?;
     let manifests = copy(&source, &directory.path().join("manifests"))?;
-    let (changes, problems) = manifests::read(std::slice::from_ref(&manifests));
+    let Reading { changes, problems } = manifests::read(std::slice::from_ref(&manifests));
     ensure!(problems.is_empty(), "the demo's manifests have problems: {problems:?}");
     let world = world_of(changes);
     println!(
