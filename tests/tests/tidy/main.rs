@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 /// A text file of the tree.
 struct TextFile {
-    /// Relative to the top, with `/`.
+    /// Relative to the top.
     name: String,
     text: String,
 }
@@ -31,7 +31,7 @@ impl TextFile {
 }
 
 fn top() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the tree").to_path_buf()
 }
 
 /// Every text file that could be committed.
@@ -44,16 +44,20 @@ fn tree() -> Vec<TextFile> {
 }
 
 fn collect(top: &Path, directory: &Path, files: &mut Vec<TextFile>) {
-    for entry in fs::read_dir(directory).unwrap() {
-        let path = entry.unwrap().path();
-        let name = path.strip_prefix(top).unwrap().to_str().expect("names are UTF-8").replace('\\', "/");
-        let last = name.rsplit('/').next().unwrap();
-        if [".git", "target"].contains(&last) {
+    for entry in fs::read_dir(directory).expect("the tree can be read") {
+        let path = entry.expect("the tree can be read").path();
+        let name = path
+            .strip_prefix(top)
+            .expect("it lies in the tree")
+            .to_str()
+            .expect("names are UTF-8")
+            .to_owned();
+        if path.ends_with(".git") || path.ends_with("target") {
             continue;
         }
         if path.is_dir() {
             collect(top, &path, files);
-        } else if let Ok(text) = String::from_utf8(fs::read(&path).unwrap()) {
+        } else if let Ok(text) = String::from_utf8(fs::read(&path).expect("the tree can be read")) {
             files.push(TextFile { name, text });
         }
     }
