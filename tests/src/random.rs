@@ -242,7 +242,7 @@ fn rule() -> impl Strategy<Value = Rule> {
 
 fn peer() -> impl Strategy<Value = Peer> {
     let scope = prop_oneof![
-        2 => text(&NAMESPACES).prop_map(NamespaceScope::Named),
+        3 => text(&NAMESPACES).prop_map(NamespaceScope::Named),
         5 => namespace_selector().prop_map(NamespaceScope::Matching),
     ];
     prop_oneof![
@@ -256,7 +256,7 @@ fn namespace_selector() -> impl Strategy<Value = Selector> {
         let key = npm_policy::model::NAMESPACE_NAME_LABEL.into();
         Selector::new([Requirement { key, operator: Operator::In(names) }])
     });
-    prop_oneof![3 => selector(1), 3 => by_name]
+    prop_oneof![3 => selector(1), 4 => by_name]
 }
 
 /// One requirement, mostly: none selects everybody and two often nobody.

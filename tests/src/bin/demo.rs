@@ -80,8 +80,8 @@ fn demo(args: &Args, interrupts: &SigSet) -> Result<()> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/demo");
     let directory = tempfile::tempdir().context("making a directory for the demo")?;
     let manifests = copy(&source, &directory.path().join("manifests"))?;
-    let Reading { changes, problems } = manifests::read(std::slice::from_ref(&manifests));
-    ensure!(problems.is_empty(), "the demo's manifests have problems: {problems:?}");
+    let Reading { changes, problems, unread } = manifests::read(std::slice::from_ref(&manifests));
+    ensure!(problems.is_empty() && unread.is_empty(), "the demo's manifests have problems: {problems:?}");
     let world = world_of(changes);
     println!(
         "The application of deploy/demo: {} pods in {} namespaces under {} NetworkPolicies, on one node;\n\
