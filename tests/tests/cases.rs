@@ -12,7 +12,7 @@ use std::net::IpAddr;
 
 use npm_agent::matrix::{Cell, Engine, Matrix, Probe, Request, Rows, evaluate};
 use npm_agent::source::Problem;
-use npm_agent::source::convert::{Doubt, document};
+use npm_agent::source::manifests::{self, Reading};
 use npm_policy::goal::Family;
 use npm_policy::verdict::oracle;
 use npm_policy::world::World;
@@ -81,18 +81,15 @@ fn cases() -> Vec<(String, Case)> {
     cases
 }
 
-/// What the manifests of a case say, and what is wrong with them.
+/// What the manifests of a case say, and what is wrong with them, read from a file as a user's are.
 fn read(case: &Case) -> (World, Vec<Problem>) {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let file = directory.path().join(format!("{}.yaml", case.name));
+    std::fs::write(&file, &case.manifests).expect("a file is written");
+    let Reading { changes, problems, unread } = manifests::read(&[file]);
+    assert!(unread.is_empty(), "{}: {problems:?}", case.name);
     let mut world = World::default();
-    let mut problems = Vec::new();
-    let documents: Vec<serde_json::Value> = match serde_saphyr::from_multiple(&case.manifests) {
-        Ok(documents) => documents,
-        Err(error) => panic!("{}: {error}", case.name),
-    };
-    for object in documents.into_iter().flat_map(|value| document(value, Doubt::None).objects) {
-        problems.extend(object.problems);
-        world.apply(object.change.unwrap_or_else(|| panic!("{}: {problems:?}", case.name)));
-    }
+    changes.into_iter().for_each(|change| world.apply(change));
     (world, problems)
 }
 
