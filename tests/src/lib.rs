@@ -4,4 +4,5 @@ pub mod exec;
 pub mod features;
 pub mod lab;
 pub mod random;
+pub mod scenario;
 pub mod table;
