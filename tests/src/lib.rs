@@ -5,4 +5,5 @@ pub mod features;
 pub mod kubernetes;
 pub mod lab;
 pub mod random;
+pub mod scenario;
 pub mod table;

@@ -156,12 +156,12 @@ impl Observer {
     /// A packet could not be sent, or the receiver's buffer overflowed: then nothing is known.
     pub fn stop(self) -> Result<Trace> {
         self.stop.store(true, Ordering::Relaxed);
-        let sent = self.sender.join().map_err(|_| anyhow::anyhow!("the sender panicked"));
+        let sent = join(self.sender);
         std::thread::sleep(SETTLE);
         self.done.store(true, Ordering::Relaxed);
-        let numbers = self.receiver.join().map_err(|_| anyhow::anyhow!("the receiver panicked"))??;
+        let numbers = join(self.receiver)?;
         hear(&self.stream)?;
-        let sent = sent??;
+        let sent = sent?;
         let mut arrived = vec![false; sent.len()];
         for number in numbers {
             let cell = arrived.get_mut(number as usize).context("a packet arrived that was never sent")?;
@@ -223,6 +223,13 @@ impl Trace {
     /// been.
     pub fn longest_pause(&self) -> Duration {
         self.sent.windows(2).map(|pair| pair[1].after - pair[0].before).max().unwrap_or_default()
+    }
+}
+
+fn join<T>(thread: JoinHandle<Result<T>>) -> Result<T> {
+    match thread.join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
     }
 }
 
