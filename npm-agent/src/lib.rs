@@ -2,4 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod config;
+pub mod lock;
+pub mod logging;
 pub mod source;
