@@ -122,7 +122,8 @@ impl Reader<'_> {
                 if !kind.admits(value) {
                     return Err(self.wrong_type(&name, kind, value));
                 }
-                if value.to_string() != default {
+                let json = value.to_string();
+                if json != default {
                     self.notice(
                         name,
                         format!("accepted, not used yet: it is for {purpose}, which is not in this version"),
