@@ -5,4 +5,6 @@ pub mod backend;
 pub mod config;
 pub mod lock;
 pub mod logging;
+pub mod reconcile;
 pub mod source;
+pub mod status;
