@@ -1,5 +1,7 @@
 //! The seam between what must hold and how the kernel is made to hold it: one value in, one converged kernel out.
 
+pub mod iptables;
+
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::Goal;
 use npm_policy::model::PolicyKey;

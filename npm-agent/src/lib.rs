@@ -5,6 +5,7 @@ pub mod backend;
 pub mod config;
 pub mod lock;
 pub mod logging;
+pub mod matrix;
 pub mod reconcile;
 pub mod source;
 pub mod status;
