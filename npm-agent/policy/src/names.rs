@@ -156,7 +156,8 @@ fn expression_name(expression: &Expression) -> String {
     match namespaces {
         NamespaceScope::Named(name) => terms.push(term("ns-", name)),
         NamespaceScope::Matching(selector) => {
-            terms.extend(selector.requirements().map(|requirement| requirement_term("nslabel-", requirement)));
+            terms
+                .extend(selector.requirements().map(|requirement| requirement_term("nslabel-", requirement)));
         }
     }
     let pod_terms = pods.requirements().map(|requirement| requirement_term("podlabel-", requirement));
@@ -379,8 +380,26 @@ mod tests {
     /// Texts that are made to run into each other.
     fn text() -> impl Strategy<Value = Arc<str>> {
         let piece = proptest::sample::select(vec![
-            "", "a", "b", "-AND-", "AND", "-", ":", "!", "=", "=41", "none", "all-namespaces", "ns-", "podlabel-",
-            "local-", "/", ",", "é", "-AN", "D-",
+            "",
+            "a",
+            "b",
+            "-AND-",
+            "AND",
+            "-",
+            ":",
+            "!",
+            "=",
+            "=41",
+            "none",
+            "all-namespaces",
+            "ns-",
+            "podlabel-",
+            "local-",
+            "/",
+            ",",
+            "é",
+            "-AN",
+            "D-",
         ]);
         proptest::collection::vec(piece, 0..4).prop_map(|pieces| pieces.concat().into())
     }
@@ -398,8 +417,10 @@ mod tests {
     }
 
     fn expression() -> impl Strategy<Value = Expression> {
-        let namespaces =
-            prop_oneof![text().prop_map(NamespaceScope::Named), selector().prop_map(NamespaceScope::Matching)];
+        let namespaces = prop_oneof![
+            text().prop_map(NamespaceScope::Named),
+            selector().prop_map(NamespaceScope::Matching)
+        ];
         (namespaces, selector()).prop_map(|(namespaces, pods)| Expression { namespaces, pods })
     }
 

@@ -258,7 +258,13 @@ impl Set {
 impl State {
     /// No sets, no chains, an empty `FORWARD`.
     pub fn empty(family: Family) -> Self {
-        Self { family, sets: BTreeMap::new(), chains: BTreeMap::new(), forward: Vec::new(), claimed: BTreeSet::new() }
+        Self {
+            family,
+            sets: BTreeMap::new(),
+            chains: BTreeMap::new(),
+            forward: Vec::new(),
+            claimed: BTreeSet::new(),
+        }
     }
 
     /// The sets that rules name, each once.
@@ -346,10 +352,14 @@ mod tests {
 
     #[test]
     fn unreadable_rules_still_show_what_they_name() {
-        let line = Line::Unreadable("-m set --match-set azure-npm-1 src -m limit --limit 3/sec -j AZURE-NPM-X".into());
+        let line = Line::Unreadable(
+            "-m set --match-set azure-npm-1 src -m limit --limit 3/sec -j AZURE-NPM-X".into(),
+        );
         assert_eq!(line.sets(), vec![Name::from("azure-npm-1")]);
         assert!(line.leads_to_us());
-        for foreign in ["-m comment --comment AZURE-NPM -j KUBE-FORWARD", r#"-m comment --comment "-j AZURE-NPM" -j X"#] {
+        for foreign in
+            ["-m comment --comment AZURE-NPM -j KUBE-FORWARD", r#"-m comment --comment "-j AZURE-NPM" -j X"#]
+        {
             assert!(!Line::Unreadable(foreign.into()).leads_to_us(), "{foreign}");
         }
     }
