@@ -2,6 +2,7 @@
 
 pub mod exec;
 pub mod features;
+pub mod kubernetes;
 pub mod lab;
 pub mod random;
 pub mod scenario;

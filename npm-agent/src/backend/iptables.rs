@@ -2,6 +2,7 @@
 
 pub mod interpret;
 pub mod layout;
+pub mod plan;
 pub mod render;
 pub mod state;
 pub mod text;

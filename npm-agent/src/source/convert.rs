@@ -23,11 +23,13 @@ use super::Problem;
 mod cidr;
 mod findings;
 mod kind;
+mod node;
 mod policy;
 mod shape;
 mod validate;
 
-pub use self::kind::{Document, Doubt, document};
+pub use self::kind::{Document, document};
+pub use self::node::Node;
 
 /// What an object gives.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -50,11 +52,15 @@ pub fn policy(policy: &networking::NetworkPolicy) -> Object {
 }
 
 fn policy_value(mut value: Value, mut findings: Findings) -> Object {
-    if let Some(namespace @ (Value::Array(_) | Value::Object(_))) = value.pointer("/metadata/namespace") {
+    let namespace = value.pointer("/metadata/namespace");
+    if let Some(namespace @ (Value::Array(_) | Value::Object(_))) = namespace {
         findings
             .note("metadata.namespace", &format!("must be a string, not {}", shape::described(namespace)));
-        let consequence = "the policy is left out, as nobody knows whom it isolates";
-        return Object { change: None, problems: findings.into_problems("NetworkPolicy", consequence) };
+        return unplaced(findings);
+    }
+    // It was given twice, and taken out.
+    if namespace.is_none() && findings.areas().any(|area| matches!(area, "metadata" | "metadata.namespace")) {
+        return unplaced(findings);
     }
     spell_out(&mut value, &mut findings);
     name_the_nameless(&mut value, &mut findings);
@@ -68,6 +74,12 @@ fn policy_value(mut value: Value, mut findings: Findings) -> Object {
         Ok(policy) => typed_policy(&policy, findings),
         Err(error) => unreadable("NetworkPolicy", &error),
     }
+}
+
+/// A policy that selects pods of a namespace that nobody knows.
+fn unplaced(findings: Findings) -> Object {
+    let consequence = "the policy is left out, as nobody knows whom it isolates";
+    Object { change: None, problems: findings.into_problems("NetworkPolicy", consequence) }
 }
 
 fn typed_policy(policy: &networking::NetworkPolicy, mut findings: Findings) -> Object {

@@ -2,11 +2,13 @@
 
 use serde_json::Value;
 
-use super::findings::{Findings, quoted};
+use super::findings::{Findings, brief, quoted};
+use super::node::{Duplicates, Node};
+use super::shape::described;
 use super::{Object, namespace_value, pod_value, policy_value};
 use crate::source::Problem;
 
-/// What a document (one JSON value) gives.
+/// What a document (one value of a file) gives.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Document {
     /// The objects in it, in order, and what is wrong with them. The problems of something that could not be
@@ -14,15 +16,6 @@ pub struct Document {
     pub objects: Vec<Object>,
     /// How many objects are of kinds that decide nothing.
     pub ignored: usize,
-}
-
-/// Whether a document can be taken for what it says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Doubt<'a> {
-    /// Its text had this fault: policies in it are strict.
-    Fault(&'a str),
-    /// It can.
-    None,
 }
 
 /// The kinds that decide.
@@ -71,70 +64,67 @@ impl Kind {
 }
 
 /// Converts a document: an object, or a list of objects. Lists may be nested.
-pub fn document(value: Value, doubt: Doubt<'_>) -> Document {
-    let mut document = Document::default();
+pub fn document(document: Node) -> Document {
+    let mut converted = Document::default();
     // A stack, not recursion: how deep lists are nested is the input's choice.
-    let mut left = vec![(value, None)];
-    while let Some((mut value, listed_as)) = left.pop() {
-        if value.is_null() && listed_as.is_none() {
+    let mut left = vec![(document, None)];
+    while let Some((mut node, listed_as)) = left.pop() {
+        if node.is_null() && listed_as.is_none() {
             continue;
         }
-        let kind = match (value.get("kind"), listed_as) {
-            (Some(Value::String(kind)), _) => kind.clone(),
-            (None | Some(Value::Null), Some(Kind::Pod)) => "Pod".to_owned(),
-            (None | Some(Value::Null), Some(Kind::Namespace)) => "Namespace".to_owned(),
-            (None | Some(Value::Null), Some(Kind::NetworkPolicy)) => "NetworkPolicy".to_owned(),
-            (_, _) => {
-                document.objects.push(unrecognised(&value));
+        let kind = match (node.field("kind").and_then(Node::text), listed_as) {
+            (Some(kind), _) => kind.to_owned(),
+            (None, Some(kind)) if node.field("kind").is_none() => Kind::name(kind).to_owned(),
+            (None, _) => {
+                converted.objects.push(unrecognised(node));
                 continue;
             }
         };
         if let Some(kind) = Kind::of(&kind) {
-            if listed_as.is_some() && value.get("apiVersion").is_none() {
-                value["apiVersion"] = kind.api_version().into();
-            }
-            document.objects.push(object(kind, value, doubt));
+            converted.objects.push(object(kind, node, listed_as));
         } else if let Some(items) = kind.strip_suffix("List") {
             // A list of a kind that decides nothing is passed over whole.
             let listed_as = Kind::of(items);
             if listed_as.is_none() && !items.is_empty() {
-                document.ignored += 1;
+                converted.ignored += 1;
                 continue;
             }
-            match value.get_mut("items").map(Value::take) {
-                Some(Value::Array(items)) => {
+            match node.take_field("items") {
+                Some(Node::List(items)) => {
                     left.extend(items.into_iter().rev().map(|item| (item, listed_as)));
                 }
-                None | Some(Value::Null) => {}
-                Some(Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Object(_)) => {
-                    document.objects.push(problem(&format!("{kind}: items must be a list; left out")));
+                None | Some(Node::Leaf(Value::Null)) => {}
+                Some(Node::Leaf(_) | Node::Map(_)) => {
+                    converted.objects.push(problem(&format!("{kind}: items must be a list; left out")));
                 }
             }
         } else {
-            document.ignored += 1;
+            converted.ignored += 1;
         }
     }
-    document
+    converted
 }
 
-fn object(kind: Kind, value: Value, doubt: Doubt<'_>) -> Object {
+fn object(kind: Kind, node: Node, listed_as: Option<Kind>) -> Object {
     let mut findings = Findings::default();
-    if let Doubt::Fault(fault) = doubt {
-        findings.note("", fault);
-    }
+    let duplicates = match kind {
+        // A pod or namespace without the labels that it may have would not be selected.
+        Kind::Pod | Kind::Namespace => Duplicates::LastCounts,
+        Kind::NetworkPolicy => Duplicates::TakenOut,
+    };
+    let value = node.into_value(duplicates, &mut findings);
     match value.get("apiVersion") {
         Some(Value::String(version)) if version == kind.api_version() => {}
         Some(Value::String(version)) if kind.is_foreign(version) => {
-            let message = format!(
-                "apiVersion {} is another API's, not {}; left out",
-                quoted(version),
-                kind.api_version()
-            );
-            return named_problem(kind, &value, message);
+            let (version, ours) = (quoted(version), kind.api_version());
+            let message = format!("apiVersion {version} is another API's, not {ours}; left out");
+            return Object { change: None, problems: vec![Problem { object: named(kind, &value), message }] };
         }
         Some(Value::String(version)) => {
             findings.note("apiVersion", &format!("{} is not {}", quoted(version), kind.api_version()));
         }
+        // `kubectl get --raw` leaves it out of the items of a list that names their kind.
+        None if listed_as.is_some() => {}
         None | Some(_) => findings.note("apiVersion", &format!("must be {}", kind.api_version())),
     }
     match kind {
@@ -144,21 +134,21 @@ fn object(kind: Kind, value: Value, doubt: Doubt<'_>) -> Object {
     }
 }
 
-fn named_problem(kind: Kind, value: &Value, message: String) -> Object {
+/// The kind and name of an object that is not converted, for people.
+fn named(kind: Kind, value: &Value) -> String {
     let text = |field: &str| value.pointer(&format!("/metadata/{field}")).and_then(Value::as_str);
-    let mut object = kind.name().to_owned();
-    if let Some(name) = text("name") {
-        let namespace = text("namespace").map(|namespace| format!("{namespace}/")).unwrap_or_default();
-        object = format!("{object} {}", super::findings::brief(&format!("{namespace}{name}")));
-    }
-    Object { change: None, problems: vec![Problem { object, message }] }
+    let Some(name) = text("name") else { return kind.name().to_owned() };
+    let namespace = text("namespace").map(|namespace| format!("{namespace}/")).unwrap_or_default();
+    format!("{} {}", kind.name(), brief(&format!("{namespace}{name}")))
 }
 
-fn unrecognised(value: &Value) -> Object {
-    if value.is_object() {
-        return problem("not a Kubernetes object: kind must be a string; left out");
-    }
-    problem(&format!("not a Kubernetes object but {}; left out", super::shape::described(value)))
+fn unrecognised(node: Node) -> Object {
+    let what = match node {
+        Node::Map(_) => return problem("not a Kubernetes object: kind must be a string; left out"),
+        Node::List(_) => "a list".to_owned(),
+        Node::Leaf(value) => described(&value),
+    };
+    problem(&format!("not a Kubernetes object but {what}; left out"))
 }
 
 fn problem(message: &str) -> Object {

@@ -10,7 +10,7 @@ fn converted(spec: Value) -> (Policy, Vec<String>) {
         "metadata": {"name": "p", "namespace": "x"},
         "spec": spec,
     });
-    let Document { objects, ignored } = document(value, Doubt::None);
+    let Document { objects, ignored } = document(value.into());
     assert_eq!((objects.len(), ignored), (1, 0));
     let Object { change, problems } = objects.into_iter().next().unwrap();
     let Some(Change::Policy(key, Some(policy))) = change else { panic!("{problems:?}") };
@@ -189,7 +189,7 @@ fn policies_without_a_good_name_isolate_too() {
             "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata,
             "spec": {"ingress": [{}]},
         });
-        let objects = document(value, Doubt::None).objects;
+        let objects = document(value.into()).objects;
         let [Object { change: Some(Change::Policy(key, Some(policy))), problems }] = objects.as_slice()
         else {
             panic!("{objects:?}");
@@ -226,7 +226,7 @@ fn converted_pod(value: Value) -> (Pod, Vec<String>) {
     let mut value = value;
     value["apiVersion"] = "v1".into();
     value["kind"] = "Pod".into();
-    let objects = document(value, Doubt::None).objects;
+    let objects = document(value.into()).objects;
     let Object { change, problems } = objects.into_iter().next().unwrap();
     let Some(Change::Pod(_, Some(pod))) = change else { panic!("{problems:?}") };
     (pod, problems.into_iter().map(|problem| problem.message).collect())
@@ -313,7 +313,7 @@ fn kinds_and_lists() {
         {"apiVersion": "extensions/v1beta1", "kind": "NetworkPolicy", "metadata": {"name": "x"}},
         {"kind": "Namespace", "metadata": {"name": "d"}},
     ]});
-    let Document { objects, ignored } = document(list, Doubt::None);
+    let Document { objects, ignored } = document(list.into());
     assert_eq!(ignored, 2);
     let said: Vec<_> = objects.iter().flat_map(|object| &object.problems).collect();
     let said: Vec<_> =
