@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use super::cluster::{Cluster, spec};
 use super::enforcer::{Enforcer, Means, Site};
 use super::{Scenario, transport};
-use crate::lab::probe::Probe;
+use crate::lab::probe::{Outcome, Probe};
 use crate::lab::service::{self, Dialect};
 use crate::lab::{Endpoint, EndpointKind, Lab, Spec};
 use crate::table::Table;
@@ -212,7 +212,11 @@ impl Stage {
                 Some(Decision::Allow) => report.allowed += 1,
                 Some(Decision::Deny) | None => report.denied += 1,
             }
-            if Some(outcome.decision()) != probe.expected {
+            let good = match probe.expected {
+                Some(Decision::Allow) => Outcome::Answered,
+                Some(Decision::Deny) | None => Outcome::Blocked,
+            };
+            if outcome != good {
                 differences.push(format!("{line}: observed {outcome:?}, expected {:?}", probe.expected));
             }
         }
