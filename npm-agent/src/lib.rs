@@ -4,11 +4,11 @@
 pub mod backend;
 pub mod cli;
 pub mod config;
+pub mod exec;
 pub mod lock;
 pub mod logging;
 pub mod matrix;
 pub mod reconcile;
 pub mod run;
-pub mod exec;
 pub mod source;
 pub mod status;
