@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod cli;
 pub mod config;
+pub mod exec;
 pub mod lock;
 pub mod logging;
 pub mod matrix;

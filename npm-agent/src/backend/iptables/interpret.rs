@@ -133,7 +133,7 @@ pub fn explain(state: &State, flow: &Flow) -> Result<(Decision, Trace), Uninterp
 /// Something of ours on the packet's way can't be interpreted.
 pub fn follow(state: &State, packet: &mut Packet, trace: &mut Option<Trace>) -> Result<End, Uninterpretable> {
     let walk = Walk { state };
-    for line in state.forward.iter().filter(|line| line.leads_to_us()) {
+    for line in state.forward.iter().filter(|line| layout::is_our_jump(line)) {
         match walk.line(layout::FORWARD, line, packet, trace, 0)? {
             Step::Next => {}
             // A goto from the hook ends in the hook's policy, a RETURN as well.

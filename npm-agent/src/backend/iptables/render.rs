@@ -114,7 +114,7 @@ impl Rendered {
         let mut read = |family| {
             let filter = text::parse_filter(family, &self.filter_text(family))?;
             let sets = sets.remove(&family).unwrap_or_default();
-            Ok(State { family, sets, chains: filter.chains, forward: filter.forward })
+            Ok(State { sets, chains: filter.chains, forward: filter.forward, ..State::empty(family) })
         };
         Ok([read(Family::V4)?, read(Family::V6)?])
     }

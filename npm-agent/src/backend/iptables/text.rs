@@ -3,7 +3,7 @@
 //! One parser reads both what we write and what the kernel's tools print (the nft and the legacy variant print alike).
 //! Of other people's objects it takes no notice; of ours, what it can't read is kept as such and never guessed at.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::str::SplitWhitespace;
@@ -40,8 +40,8 @@ pub struct Filter {
     pub chains: BTreeMap<Name, Chain>,
     /// Everything in `FORWARD`.
     pub forward: Vec<Line>,
-    /// Other chains' rules that hand packets to ours: `CHAIN: rule`.
-    pub foreign_references: Vec<String>,
+    /// Our chains that other people's rules lead to.
+    pub claimed: BTreeSet<Name>,
     /// How many rules of whatever kind the table has.
     pub rules: usize,
 }
@@ -53,7 +53,7 @@ pub struct Filter {
 pub fn parse_filter(family: Family, text: &str) -> Result<Filter, Unreadable> {
     let mut chains: BTreeMap<Name, Vec<Line>> = BTreeMap::new();
     let mut forward = Vec::new();
-    let mut foreign_references = Vec::new();
+    let mut claimed = BTreeSet::new();
     let mut rules = 0;
     for (index, line) in text.lines().enumerate() {
         let unreadable = || Unreadable { line: index + 1, text: line.to_owned() };
@@ -72,16 +72,20 @@ pub fn parse_filter(family: Family, text: &str) -> Result<Filter, Unreadable> {
             .map(|rest| rest.split_once(' ').unwrap_or((rest, "")))
             .ok_or_else(unreadable)?;
         rules += 1;
+        let rule = parse_line(family, rule);
         if layout::is_our_chain(chain) {
-            chains.entry(chain.into()).or_default().push(parse_line(family, rule));
-        } else if chain == layout::FORWARD {
-            forward.push(parse_line(family, rule));
-        } else if parse_line(family, rule).leads_to_us() {
-            foreign_references.push(format!("{chain}: {rule}"));
+            chains.entry(chain.into()).or_default().push(rule);
+            continue;
+        }
+        if chain != layout::FORWARD || !layout::is_our_jump(&rule) {
+            claimed.extend(rule.callees().into_iter().filter(|callee| layout::is_our_chain(callee)));
+        }
+        if chain == layout::FORWARD {
+            forward.push(rule);
         }
     }
     let chains = chains.into_iter().map(|(name, lines)| (name, Arc::new(lines))).collect();
-    Ok(Filter { chains, forward, foreign_references, rules })
+    Ok(Filter { chains, forward, claimed, rules })
 }
 
 /// Reads one rule, without its `-A CHAIN`.
