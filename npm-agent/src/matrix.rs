@@ -16,9 +16,11 @@ use std::str::FromStr;
 
 use npm_policy::flow::{Flow, Transport};
 use npm_policy::goal::Family;
-use npm_policy::model::{PodPhase, Port, Ports, Protocol};
+use npm_policy::model::{PodKey, PodPhase, Port, Ports, Protocol};
 use npm_policy::world::World;
 use serde::Serialize;
+
+use crate::backend::iptables::render::RenderedError;
 
 mod evaluate;
 mod expect;
@@ -49,17 +51,20 @@ pub enum Engine {
     Oracle,
     /// [`npm_policy::goal::Goal::verdict`] on the nodes of both ends.
     Goal,
+    /// [`crate::backend::iptables::render::Rendered::decide`] on the nodes of both ends.
+    Iptables,
 }
 
 impl Engine {
     /// All of them, in order.
-    pub const ALL: [Self; 2] = [Self::Oracle, Self::Goal];
+    pub const ALL: [Self; 3] = [Self::Oracle, Self::Goal, Self::Iptables];
 
     /// The name that users know it by.
     pub fn name(self) -> &'static str {
         match self {
             Self::Oracle => "oracle",
             Self::Goal => "goal",
+            Self::Iptables => "iptables",
         }
     }
 }
@@ -303,5 +308,14 @@ pub enum MatrixError {
     Ambiguous {
         /// The name.
         name: String,
+    },
+    /// A defect of ours: rules that we rendered can't be interpreted.
+    #[error("the rules of {pod}'s node can't be interpreted")]
+    Rendered {
+        /// The pod.
+        pod: PodKey,
+        /// Why.
+        #[source]
+        source: RenderedError,
     },
 }

@@ -12,6 +12,8 @@ use npm_policy::model::{Pod, PodKey};
 use npm_policy::verdict::oracle;
 use npm_policy::world::{Change, World};
 
+use crate::backend::iptables::render::{Rendered, RenderedError};
+
 use super::{Cell, Endpoint, Engine, Matrix, MatrixError, Probe, Request, Rows, endpoints, named_probes};
 
 /// Answers a request. The engines work on all processors.
@@ -31,26 +33,29 @@ pub fn evaluate(request: &Request) -> Result<Matrix, MatrixError> {
         return Err(MatrixError::Ambiguous { name: twice.name.clone() });
     }
     let question = Question { world, probes: &probes, endpoints: &endpoints };
-    let answers = engines.iter().map(|engine| {
-        let cells = match engine {
+    let mut answers = BTreeMap::new();
+    for engine in engines {
+        let decisions = match engine {
             Engine::Oracle => question.ask_oracle(),
-            Engine::Goal => question.ask_nodes(Judge::Goal),
+            Engine::Goal => question.ask_nodes(Judge::Goal)?,
+            Engine::Iptables => question.ask_nodes(|goal| Judge::Iptables(Box::new(Rendered::of(&goal))))?,
         };
-        (*engine, question.tables(&cells))
-    });
-    let engines = answers.collect();
-    Ok(Matrix { probes, endpoints, engines })
+        answers.insert(*engine, question.tables(&decisions));
+    }
+    Ok(Matrix { probes, endpoints, engines: answers })
 }
 
 /// What one node's rules do with flows.
 enum Judge {
     Goal(Goal),
+    Iptables(Box<Rendered>),
 }
 
 impl Judge {
-    fn decide(&self, flow: &Flow) -> Decision {
+    fn decide(&self, flow: &Flow) -> Result<Decision, RenderedError> {
         match self {
-            Self::Goal(goal) => goal.verdict(flow).decision(),
+            Self::Goal(goal) => Ok(goal.verdict(flow).decision()),
+            Self::Iptables(rendered) => rendered.decide(flow),
         }
     }
 }
@@ -89,7 +94,7 @@ impl Question<'_> {
     }
 
     /// A flow is allowed if the nodes of both ends allow it.
-    fn ask_nodes(&self, judge: impl Fn(Goal) -> Judge + Sync) -> Decisions {
+    fn ask_nodes(&self, judge: impl Fn(Goal) -> Judge + Sync) -> Result<Decisions, MatrixError> {
         let world = apart(self.world);
         let mut holders: BTreeMap<&PodKey, Vec<usize>> = BTreeMap::new();
         for (place, endpoint) in self.endpoints.iter().enumerate() {
@@ -101,23 +106,29 @@ impl Question<'_> {
         let denied = on_all_processors(&holders, |(holder, places)| {
             let (goal, _) = compile(&world, &node_of(holder));
             // A node on which no policy selects anything allows everything.
-            if goal.programs.is_empty() { Vec::new() } else { self.denied_by(&judge(goal), places) }
+            if goal.programs.is_empty() {
+                return Ok(Vec::new());
+            }
+            self.denied_by(&judge(goal), places)
+                .map_err(|source| MatrixError::Rendered { pod: PodKey::clone(holder), source })
         });
         let mut decisions = vec![Decision::Allow; self.place(self.endpoints.len(), 0)];
-        for place in denied.concat() {
-            decisions[place] = Decision::Deny;
+        for places in denied {
+            for place in places? {
+                decisions[place] = Decision::Deny;
+            }
         }
-        decisions
+        Ok(decisions)
     }
 
     /// Where the node denies what comes from or goes to its endpoints.
-    fn denied_by(&self, node: &Judge, places: &[usize]) -> Vec<usize> {
+    fn denied_by(&self, node: &Judge, places: &[usize]) -> Result<Vec<usize>, RenderedError> {
         let mut denied = Vec::new();
         for own in places {
             for other in 0..self.endpoints.len() {
                 for (source, destination) in [(*own, other), (other, *own)] {
                     for (i, probe) in self.probes.iter().enumerate() {
-                        match node.decide(&self.flow(source, destination, *probe)) {
+                        match node.decide(&self.flow(source, destination, *probe))? {
                             Decision::Deny => denied.push(self.place(source, destination) + i),
                             Decision::Allow => {}
                         }
@@ -125,7 +136,7 @@ impl Question<'_> {
                 }
             }
         }
-        denied
+        Ok(denied)
     }
 
     fn tables(&self, decisions: &Decisions) -> BTreeMap<Probe, Rows> {

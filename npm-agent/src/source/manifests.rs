@@ -44,12 +44,15 @@ pub struct Reading {
     pub changes: Vec<Change>,
     /// What is wrong, in the order of the files.
     pub problems: Vec<Problem>,
+    /// Files and directories that could not be read at all; each has its problem.
+    pub unread: Vec<PathBuf>,
 }
 
 /// Reads files, and the manifests (`*.yaml`, `*.yml`, `*.json`) in directories to any depth, once.
 pub fn read(paths: &[PathBuf]) -> Reading {
-    let News { changes, problems, look_again: _ } = Store::new(paths.to_vec()).look(Begun::Taken);
-    Reading { changes, problems: problems.into_values().flatten().collect() }
+    let mut store = Store::new(paths.to_vec());
+    let News { changes, problems, look_again: _ } = store.look(Begun::Taken);
+    Reading { changes, problems: problems.into_values().flatten().collect(), unread: store.unread() }
 }
 
 /// Why the source ended.

@@ -233,10 +233,11 @@ impl Walk<'_> {
         let plain = source.is_none_or(|net| net.contains(&packet.source))
             && destination.is_none_or(|net| net.contains(&packet.destination))
             && protocol.is_none_or(|number| number == packet.protocol)
-            && ports
-                .is_none_or(|(first, last)| packet.port.is_some_and(|port| (first..=last).contains(&port)))
+            && ports.is_none_or(|(first, last)| packet.port.is_some_and(|port| (first..=last).contains(&port)))
             && icmpv6_type.is_none_or(|number| packet.icmpv6_type == Some(number))
-            && states.as_ref().is_none_or(|states| states.sense.holds(states.states.contains(&packet.state)))
+            && states
+                .as_ref()
+                .is_none_or(|states| states.sense.holds(states.states.contains(&packet.state)))
             && mark.is_none_or(|mark| packet.mark & mark.mask == mark.value);
         if !plain {
             return Ok(false);

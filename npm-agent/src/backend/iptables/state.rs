@@ -352,14 +352,10 @@ mod tests {
 
     #[test]
     fn unreadable_rules_still_show_what_they_name() {
-        let line = Line::Unreadable(
-            "-m set --match-set azure-npm-1 src -m limit --limit 3/sec -j AZURE-NPM-X".into(),
-        );
+        let line = Line::Unreadable("-m set --match-set azure-npm-1 src -m limit --limit 3/sec -j AZURE-NPM-X".into());
         assert_eq!(line.sets(), vec![Name::from("azure-npm-1")]);
         assert!(line.leads_to_us());
-        for foreign in
-            ["-m comment --comment AZURE-NPM -j KUBE-FORWARD", r#"-m comment --comment "-j AZURE-NPM" -j X"#]
-        {
+        for foreign in ["-m comment --comment AZURE-NPM -j KUBE-FORWARD", r#"-m comment --comment "-j AZURE-NPM" -j X"#] {
             assert!(!Line::Unreadable(foreign.into()).leads_to_us(), "{foreign}");
         }
     }

@@ -15,9 +15,7 @@ use npm_policy::goal::{Family, Member};
 use npm_policy::model::Protocol;
 
 use super::layout;
-use super::state::{
-    Chain, CtState, CtStates, Line, Mark, Name, Rule, Sense, Set, SetKind, SetMatch, Side, Target,
-};
+use super::state::{Chain, CtState, CtStates, Line, Mark, Name, Rule, Sense, Set, SetKind, SetMatch, Side, Target};
 
 /// Every set may hold as many members as the type can (ipset's default of 65,536 is less than a large cluster's
 /// pods). It is a limit, not a size: an empty set takes no more memory for it.
@@ -67,10 +65,8 @@ pub fn parse_filter(family: Family, text: &str) -> Result<Filter, Unreadable> {
             }
             continue;
         }
-        let (chain, rule) = line
-            .strip_prefix("-A ")
-            .map(|rest| rest.split_once(' ').unwrap_or((rest, "")))
-            .ok_or_else(unreadable)?;
+        let (chain, rule) =
+            line.strip_prefix("-A ").map(|rest| rest.split_once(' ').unwrap_or((rest, ""))).ok_or_else(unreadable)?;
         rules += 1;
         let rule = parse_line(family, rule);
         if layout::is_our_chain(chain) {
@@ -226,8 +222,7 @@ fn parse_mark(text: &str) -> Option<Mark> {
 
 /// The text of a rule after `-A CHAIN `, in the order in which `iptables-save` prints it.
 pub fn rule_text(rule: &Rule) -> String {
-    let Rule { source, destination, protocol, ports, icmpv6_type, states, mark, sets, comment, target } =
-        rule;
+    let Rule { source, destination, protocol, ports, icmpv6_type, states, mark, sets, comment, target } = rule;
     let mut words = Vec::new();
     words.extend(source.map(|net| format!("-s {net}")));
     words.extend(destination.map(|net| format!("-d {net}")));
@@ -290,9 +285,7 @@ fn mark_text(mark: Mark) -> String {
 }
 
 fn escape(text: &str) -> String {
-    text.chars()
-        .flat_map(|char| matches!(char, '"' | '\\' | '\'').then_some('\\').into_iter().chain([char]))
-        .collect()
+    text.chars().flat_map(|char| matches!(char, '"' | '\\' | '\'').then_some('\\').into_iter().chain([char])).collect()
 }
 
 /// Reads what `ipset save` prints: our sets of each family. Sets without a family count as IPv4's.
@@ -515,10 +508,12 @@ mod tests {
                     create azure-npm-e hash:ip,port family inet maxelem 4294967295\nadd azure-npm-e 10.0.0.1,icmp:8/0\n";
         let sets = parse_sets(text).unwrap();
         let v4 = &sets[&Family::V4];
-        assert_eq!(
-            v4.keys().map(|name| &**name).collect::<Vec<_>>(),
-            ["azure-npm-a", "azure-npm-c", "azure-npm-d", "azure-npm-e"]
-        );
+        assert_eq!(v4.keys().map(|name| &**name).collect::<Vec<_>>(), [
+            "azure-npm-a",
+            "azure-npm-c",
+            "azure-npm-d",
+            "azure-npm-e"
+        ]);
         let members = [
             Member::Address("10.0.0.1".parse().unwrap()),
             Member::Include("0.0.0.0/1".parse().unwrap()),

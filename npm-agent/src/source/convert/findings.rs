@@ -46,6 +46,11 @@ impl Findings {
         self.told.is_empty()
     }
 
+    /// How many things are wrong.
+    pub(super) fn count(&self) -> usize {
+        self.told.len() + self.more
+    }
+
     /// The first two fields of the paths at which something is wrong, as `spec.egress`.
     pub(super) fn areas(&self) -> impl Iterator<Item = &str> {
         self.areas.iter().map(String::as_str)
@@ -73,7 +78,13 @@ pub(super) fn quoted(text: &str) -> String {
 
 /// As [`quoted`], without the quotes.
 pub(super) fn brief(text: &str) -> String {
-    let mut shown: String = text.chars().take(SHOWN).flat_map(char::escape_debug).collect();
+    let mut shown = String::new();
+    for c in text.chars().take(SHOWN) {
+        match c {
+            '\'' => shown.push(c),
+            _ => shown.extend(c.escape_debug()),
+        }
+    }
     if text.chars().nth(SHOWN).is_some() {
         // Writing to a String cannot fail.
         let _ = write!(shown, "... ({} bytes)", text.len());

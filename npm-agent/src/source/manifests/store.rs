@@ -143,6 +143,12 @@ impl Store {
         News { changes, problems: news, look_again }
     }
 
+    /// What could not be read at the last look.
+    pub(super) fn unread(&self) -> Vec<PathBuf> {
+        let unread = self.manifests.iter().filter(|(_, manifest)| manifest.stamp.is_none());
+        unread.map(|(path, _)| path.clone()).collect()
+    }
+
     /// All files' objects together, the last in the order of paths winning; and the problems by file.
     fn merged(&self) -> (BTreeMap<Key, Change>, BTreeMap<String, Vec<Problem>>) {
         let mut objects = BTreeMap::new();

@@ -72,7 +72,8 @@ fn options() -> Options {
 /// A parser's message may show the text that it stumbled over: one line, and not all of it.
 fn brief(reason: &str) -> String {
     const SHOWN: usize = 300;
-    let shown: String = reason.chars().take(SHOWN).flat_map(char::escape_debug).collect();
+    let one_line = |c: char| if c.is_control() { '\u{fffd}' } else { c };
+    let shown: String = reason.chars().take(SHOWN).map(one_line).collect();
     if reason.chars().nth(SHOWN).is_some() { format!("{shown}...") } else { shown }
 }
 
