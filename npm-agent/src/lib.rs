@@ -9,5 +9,6 @@ pub mod lock;
 pub mod logging;
 pub mod matrix;
 pub mod reconcile;
+pub mod run;
 pub mod source;
 pub mod status;

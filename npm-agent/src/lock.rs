@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::config::RUN_DIRECTORY;
+
 /// A held lock. Dropping it removes the file and lets go.
 #[derive(Debug)]
 pub struct Lock {
@@ -30,6 +32,19 @@ pub enum LockError {
         #[source]
         source: io::Error,
     },
+}
+
+/// Takes the lock of this network namespace: two agents in one would undo each other's rules, whatever their names
+/// and sockets are. Namespaces are told apart by inode (namespaces(7)).
+///
+/// # Errors
+/// See [`LockError`]; nothing is held then.
+pub fn take_network_namespace() -> Result<Lock, LockError> {
+    let namespace = Path::new("/proc/self/ns/net");
+    let inode = std::fs::metadata(namespace)
+        .map_err(|source| LockError::Io { path: namespace.to_owned(), source })?
+        .ino();
+    Lock::take(Path::new(RUN_DIRECTORY).join(format!("netns-{inode}.lock")))
 }
 
 impl Lock {
