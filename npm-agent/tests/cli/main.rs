@@ -1,5 +1,7 @@
 //! The binary from outside: what it prints, and its exit codes.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
+
 mod exec;
 mod lifecycle;
 
