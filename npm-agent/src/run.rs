@@ -9,6 +9,9 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use crate::backend::Backend;
+use crate::backend::iptables::layout::Placement;
+use crate::backend::iptables::variant::Variant;
+use crate::backend::iptables::{Iptables, Options};
 use crate::config::file::PLACED_BEHIND;
 use crate::config::value::{BackendKind, ChainPlacement, IptablesVariant};
 use crate::config::{Flags, HostNames, Settings, Source};
@@ -116,10 +119,24 @@ fn known_differences(settings: &Settings) -> Vec<String> {
     }
 }
 
-/// The backend for `npm-agent cleanup`, which removes ours wherever it stands.
-pub(crate) fn iptables_for_cleanup(variant: IptablesVariant) -> anyhow::Result<Box<dyn Backend>> {
-    iptables(variant, ChainPlacement::default())
+/// The backend for `npm-agent cleanup`: it removes what is ours from every variant of iptables.
+///
+/// # Errors
+/// The kernel or its tools lack what is needed.
+pub(crate) fn backend_for_cleanup() -> anyhow::Result<Box<dyn Backend>> {
+    iptables(IptablesVariant::default(), ChainPlacement::default())
 }
+
 fn iptables(variant: IptablesVariant, placement: ChainPlacement) -> anyhow::Result<Box<dyn Backend>> {
-    bail!("{variant} {placement}")
+    let variant = match variant {
+        IptablesVariant::Auto => None,
+        IptablesVariant::Nft => Some(Variant::Nft),
+        IptablesVariant::Legacy => Some(Variant::Legacy),
+    };
+    let placement = match placement {
+        ChainPlacement::First => Placement::First,
+        ChainPlacement::AfterKubeServices => Placement::AfterServices,
+    };
+    let options = Options { variant, placement, ..Options::default() };
+    Ok(Box::new(Iptables::new(options).context("looking at iptables and ipset")?))
 }

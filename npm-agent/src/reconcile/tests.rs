@@ -8,6 +8,7 @@ use npm_policy::model::{Operator, PodKey, PolicyKey, Requirement, Selector};
 use npm_policy::world::{Change, World};
 use tokio::sync::oneshot;
 
+use super::backoff::Backoff;
 use super::fake::{Agent, Fake, NODE, PATIENCE, QUICK, namespace, pod, policy};
 use super::worker::{Stopped, Timing};
 use super::*;
@@ -152,8 +153,6 @@ fn a_newer_goal_does_not_wait_out_a_long_backoff() {
     assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     assert!(start.elapsed() >= first * 12, "but a stream of goals does not hammer: {:?}", start.elapsed());
 }
-
-use super::backoff::Backoff;
 
 #[test]
 fn a_slow_backend_delays_neither_the_other_nor_the_loop() {

@@ -1,6 +1,9 @@
 //! The binary from outside: what it prints, and its exit codes.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
+
 mod exec;
+mod lifecycle;
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
