@@ -3,5 +3,12 @@
 
 pub mod backend;
 pub mod cli;
+pub mod config;
+pub mod lock;
+pub mod logging;
 pub mod matrix;
+pub mod reconcile;
+pub mod run;
+pub mod exec;
 pub mod source;
+pub mod status;

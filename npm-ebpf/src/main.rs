@@ -43,7 +43,12 @@ impl Bytes for SkbBytes<'_> {
         let mut bytes = [0; N];
         // SAFETY: the pointer is to N writable bytes, and N is the length.
         let outcome = unsafe {
-            bpf_skb_load_bytes(self.context.skb.skb.cast(), offset as u32, bytes.as_mut_ptr().cast(), N as u32)
+            bpf_skb_load_bytes(
+                self.context.skb.skb.cast(),
+                offset as u32,
+                bytes.as_mut_ptr().cast(),
+                N as u32,
+            )
         };
         (outcome == 0).then_some(bytes)
     }

@@ -79,6 +79,15 @@ pub fn start_interactive<A: AsRef<OsStr>>(program: &str, args: &[A]) -> Result<(
     Ok((child, stdin))
 }
 
+/// Lets the calling thread run before all ordinary ones (SCHED_FIFO): one that must be on time on a busy machine. What
+/// it starts from now on inherits that.
+///
+/// # Errors
+/// The caller may not, or `chrt` is missing.
+pub fn run_first() -> Result<()> {
+    run("chrt", &["--fifo", "--pid", "50", &nix::unistd::gettid().to_string()]).map(drop)
+}
+
 #[expect(clippy::disallowed_methods, reason = "this is the one place that runs programs")]
 fn command<A: AsRef<OsStr>>(program: &str, args: &[A]) -> Command {
     let mut command = Command::new(program);

@@ -235,7 +235,7 @@ impl Lab {
         let mut tables: BTreeMap<Family, Table> = BTreeMap::new();
         for ((family, transport, from, to), outcome) in cells.into_iter().zip(self.probe(&probes)?) {
             let table = tables.entry(family).or_insert_with(|| Table::new(names.clone()));
-            table.set(transport, from, to, outcome.decision());
+            table.observe(transport, from, to, outcome);
         }
         Ok(tables)
     }

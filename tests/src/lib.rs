@@ -2,6 +2,8 @@
 
 pub mod exec;
 pub mod features;
+pub mod kubernetes;
 pub mod lab;
 pub mod random;
+pub mod scenario;
 pub mod table;

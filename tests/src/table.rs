@@ -6,8 +6,10 @@ use std::fmt;
 use npm_policy::flow::{Decision, Transport};
 use serde::{Deserialize, Serialize};
 
+use crate::lab::probe::Outcome;
+
 /// Who can talk to whom: one string a source, one character a destination, both in the order of `endpoints`; `.` a
-/// new connection is allowed, `X` denied, `#` itself, `-` not asked.
+/// new connection is allowed, `X` denied, `#` itself, `-` not asked, `?` observed to arrive without an answer coming back.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Table {
     /// The names, in order.
@@ -22,18 +24,33 @@ impl Table {
         Self { endpoints, rows: BTreeMap::new() }
     }
 
+    /// Writes what became of a probe. Where a flow may start its answers must come back, so an arrival without an
+    /// answer is neither allowed nor denied.
+    pub fn observe(&mut self, transport: Transport, from: usize, to: usize, outcome: Outcome) {
+        let cell = match outcome {
+            Outcome::Blocked => "X",
+            Outcome::Arrived => "?",
+            Outcome::Answered => ".",
+        };
+        self.write(transport, from, to, cell);
+    }
+
     /// Writes one cell.
     pub fn set(&mut self, transport: Transport, from: usize, to: usize, decision: Decision) {
+        let cell = match decision {
+            Decision::Allow => ".",
+            Decision::Deny => "X",
+        };
+        self.write(transport, from, to, cell);
+    }
+
+    fn write(&mut self, transport: Transport, from: usize, to: usize, cell: &str) {
         let count = self.endpoints.len();
         let empty = || {
             let row = |own: usize| (0..count).map(|to| if to == own { '#' } else { '-' }).collect();
             (0..count).map(row).collect::<Vec<String>>()
         };
         let rows = self.rows.entry(transport.to_string()).or_insert_with(empty);
-        let cell = match decision {
-            Decision::Allow => ".",
-            Decision::Deny => "X",
-        };
         if let Some(row) = rows.get_mut(from) {
             row.replace_range(to..=to, cell);
         }

@@ -148,7 +148,7 @@ fn oracle_goal_and_rendered_iptables_agree() {
 fn every_feature_decides_its_share() {
     use std::cell::RefCell;
     let counts = RefCell::new((0u32, vec![0u32; FEATURES.len()], 0u32));
-    check("features", 1500, (world().prop_map(everybody_has_a_node), any::<u64>()), |(changes, seed)| {
+    check("features", 3000, (world().prop_map(everybody_has_a_node), any::<u64>()), |(changes, seed)| {
         let world = world_of(changes);
         let without: Vec<World> = FEATURES.iter().map(|feature| feature.knocked_out(&world)).collect();
         for flow in flows(&world, 60, seed) {

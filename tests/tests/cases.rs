@@ -2,34 +2,41 @@
 //!
 //! A case is a small world (plain manifests, as a user writes them), the sentence of the documentation that it stands
 //! for, and who may open a connection to whom: one string a source, one character a destination, `.` allowed, `X`
-//! denied, `#` itself, in the order of `endpoints`. The tables were made by reading, not by running an engine; where one
-//! disagrees, either the code or the reading is wrong, and the documentation says which.
+//! denied, `#` itself, in the order of `endpoints`, as `npm-agent matrix` writes them. The tables were made by reading,
+//! not by running an engine; where one disagrees, either the code or the reading is wrong, and the documentation says
+//! which.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
-use npm_agent::source::convert::{Doubt, document};
-use npm_policy::compile::compile;
-use npm_policy::flow::{Decision, Flow, Transport};
-use npm_policy::goal::Goal;
-use npm_policy::model::{PodPhase, Protocol};
+use npm_agent::matrix::{Cell, Engine, Matrix, Probe, Request, Rows, evaluate};
+use npm_agent::source::Problem;
+use npm_agent::source::manifests::{self, Reading};
+use npm_policy::goal::Family;
 use npm_policy::verdict::oracle;
-use npm_policy::world::{Change, World};
+use npm_policy::world::World;
 use serde::Deserialize;
+
+/// The file of the policies that an API server refuses.
+const INVALID: &str = "invalid.yaml";
 
 /// One document of a case file.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Case {
     name: String,
+    /// The section or field of the documentation, and the rule.
     says: String,
     manifests: String,
+    /// Hosts outside, which `endpoints` calls `ext/<name>`.
     #[serde(default)]
     external: BTreeMap<String, IpAddr>,
+    /// 4 if missing.
     #[serde(default)]
     family: Option<u8>,
     probes: Vec<String>,
+    /// A table for each probe.
     expect: BTreeMap<String, Table>,
 }
 
@@ -41,150 +48,155 @@ struct Table {
     rows: Vec<String>,
 }
 
+impl Table {
+    fn observed(matrix: &Matrix, rows: &Rows) -> Self {
+        Self {
+            endpoints: matrix.endpoints.iter().map(|endpoint| endpoint.name.clone()).collect(),
+            rows: rows.iter().map(|row| row.iter().map(|cell| cell.symbol()).collect()).collect(),
+        }
+    }
+
+    fn show(&self) -> String {
+        let width = self.endpoints.iter().map(String::len).max().unwrap_or_default();
+        let rows = self.endpoints.iter().zip(&self.rows);
+        rows.fold(String::new(), |text, (name, row)| format!("{text}    {name:width$} {row}\n"))
+    }
+}
+
+/// The cases, each with the name of its file.
 fn cases() -> Vec<(String, Case)> {
     let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/cases");
     let mut files: Vec<_> =
-        std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+        std::fs::read_dir(directory).expect("the cases").map(|entry| entry.expect("a file").path()).collect();
     files.sort();
     let mut cases = Vec::new();
     for file in files {
-        let name = file.file_name().unwrap().to_string_lossy().into_owned();
-        let text = std::fs::read_to_string(&file).unwrap();
-        let documents: Vec<Case> = match serde_saphyr::from_multiple(&text) {
-            Ok(documents) => documents,
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let text = std::fs::read_to_string(&file).expect("a readable file");
+        match serde_saphyr::from_multiple::<Case>(&text) {
+            Ok(documents) => cases.extend(documents.into_iter().map(|case| (name.clone(), case))),
             Err(error) => panic!("{name}: {error}"),
-        };
-        cases.extend(documents.into_iter().map(|case| (name.clone(), case)));
+        }
     }
     cases
 }
 
-/// The world of a case. Every pod gets a node of its own, so that both directions count.
-fn world(case: &Case) -> World {
+/// What the manifests of a case say, and what is wrong with them, read from a file as a user's are.
+fn read(case: &Case) -> (World, Vec<Problem>) {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let file = directory.path().join(format!("{}.yaml", case.name));
+    std::fs::write(&file, &case.manifests).expect("a file is written");
+    let Reading { changes, problems, unread } = manifests::read(&[file]);
+    assert!(unread.is_empty(), "{}: {problems:?}", case.name);
     let mut world = World::default();
-    let values: Vec<serde_json::Value> = serde_saphyr::from_multiple(&case.manifests).unwrap();
-    for object in values.into_iter().flat_map(|value| document(value, Doubt::None).objects) {
-        let change = match object.change {
-            Some(Change::Pod(key, Some(mut pod))) => {
-                pod.node = Some(key.to_string().into());
-                Change::Pod(key, Some(pod))
+    changes.into_iter().for_each(|change| world.apply(change));
+    (world, problems)
+}
+
+fn request(case: &Case, world: World) -> Request {
+    let probe =
+        |text: &String| text.parse::<Probe>().unwrap_or_else(|error| panic!("{}: {error}", case.name));
+    Request {
+        world,
+        probes: case.probes.iter().map(probe).collect(),
+        externals: case.external.iter().map(|(name, address)| (name.clone(), *address)).collect(),
+        family: match case.family {
+            None | Some(4) => Family::V4,
+            Some(6) => Family::V6,
+            Some(other) => panic!("{}: family {other}", case.name),
+        },
+        engines: Engine::ALL.into_iter().collect(),
+    }
+}
+
+/// Why the oracle says what it says, wherever `rows` are not as expected.
+fn reasons(world: &World, matrix: &Matrix, probe: Probe, rows: &Rows, expected: &Table) -> String {
+    let mut text = String::new();
+    for (source, (row, expected)) in matrix.endpoints.iter().zip(rows.iter().zip(&expected.rows)) {
+        for (destination, (cell, expected)) in matrix.endpoints.iter().zip(row.iter().zip(expected.chars())) {
+            if *cell == Cell::Itself || cell.symbol() == expected {
+                continue;
             }
-            Some(change) => change,
-            None => panic!("{}: {:?}", case.name, object.problems),
-        };
-        world.apply(change);
-    }
-    world
-}
-
-fn endpoints(case: &Case, world: &World) -> Vec<(String, IpAddr)> {
-    let of_family = |address: &&IpAddr| match case.family {
-        Some(6) => address.is_ipv6(),
-        _ => address.is_ipv4(),
-    };
-    let pods = world.pods().filter(|pod| pod.phase == PodPhase::Active);
-    let pods = pods.filter_map(|pod| Some((pod.key.to_string(), *pod.addresses.iter().find(of_family)?)));
-    let external = case.external.iter().map(|(name, address)| (format!("ext/{name}"), *address));
-    pods.chain(external).collect()
-}
-
-fn transport(probe: &str) -> Transport {
-    let (name, port) = probe.split_once('/').unwrap();
-    let protocol = Protocol::ALL.into_iter().find(|it| it.to_string() == name).unwrap();
-    Transport::Port(protocol, port.parse().unwrap())
-}
-
-fn table(endpoints: &[(String, IpAddr)], judge: impl Fn(IpAddr, IpAddr) -> Decision) -> Table {
-    let cell = |source: &(String, IpAddr), destination: &(String, IpAddr)| {
-        if source.0 == destination.0 {
-            return '#';
+            let flow = probe.flow(source.address, destination.address);
+            let verdict = oracle(world, &flow).explain_as(&source.name, &destination.name, flow.transport);
+            let _ = writeln!(text, "  {} -> {}: the oracle says {verdict}", source.name, destination.name);
         }
-        match judge(source.1, destination.1) {
-            Decision::Allow => '.',
-            Decision::Deny => 'X',
-        }
-    };
-    let row = |source| endpoints.iter().map(|destination| cell(source, destination)).collect();
-    Table {
-        endpoints: endpoints.iter().map(|(name, _)| name.clone()).collect(),
-        rows: endpoints.iter().map(row).collect(),
-    }
-}
-
-/// What each engine says of a probe.
-fn tables(case: &Case, probe: &str) -> Vec<(&'static str, Table)> {
-    let world = world(case);
-    let endpoints = endpoints(case, &world);
-    let transport = transport(probe);
-    let goals: BTreeMap<String, Goal> =
-        world.pods().map(|pod| (pod.key.to_string(), compile(&world, &pod.key.to_string()).0)).collect();
-    let compiled = |source, destination| {
-        let flow = Flow { source, destination, transport };
-        let at = |address| goals.get(&world.holder(address)?.key.to_string()).map(|goal| goal.verdict(&flow));
-        let decisions = [source, destination].map(|end| at(end).map(|verdict| verdict.decision()));
-        decisions.into_iter().flatten().find(|it| *it == Decision::Deny).unwrap_or(Decision::Allow)
-    };
-    let literal = |source, destination| oracle(&world, &Flow { source, destination, transport }).decision();
-    vec![("oracle", table(&endpoints, literal)), ("goal", table(&endpoints, compiled))]
-}
-
-fn show(table: &Table) -> String {
-    let mut text = format!("    endpoints: {}\n", table.endpoints.join(" "));
-    for row in &table.rows {
-        let _ = writeln!(text, "      {row}");
     }
     text
 }
 
 #[test]
 fn every_engine_agrees_with_the_documentation() {
+    let all = cases();
     let mut failures = String::new();
     let mut wrong = BTreeSet::new();
-    let all = cases();
-    let mut compared = 0;
+    let mut compared: BTreeMap<Engine, usize> = BTreeMap::new();
     for (file, case) in &all {
-        assert_eq!(case.probes.len(), case.expect.len(), "{}", case.name);
-        for probe in &case.probes {
-            let expected =
-                case.expect.get(probe).unwrap_or_else(|| panic!("{}: no table for {probe}", case.name));
-            for (engine, observed) in tables(case, probe) {
-                compared += 1;
-                if observed == *expected {
-                    continue;
+        let request = request(case, read(case).0);
+        let matrix = evaluate(&request).unwrap_or_else(|error| panic!("{file}: {}: {error}", case.name));
+        for (engine, tables) in &matrix.engines {
+            for (probe, rows) in tables {
+                let expected = &case.expect[&probe.to_string()];
+                let observed = Table::observed(&matrix, rows);
+                *compared.entry(*engine).or_default() += 1;
+                if observed != *expected {
+                    wrong.insert(&case.name);
+                    let _ = write!(
+                        failures,
+                        "\n{file}: {}: {probe}: engine {engine}\n  {}\n  expected:\n{}  observed:\n{}{}",
+                        case.name,
+                        case.says.trim(),
+                        expected.show(),
+                        observed.show(),
+                        reasons(&request.world, &matrix, *probe, rows, expected),
+                    );
                 }
-                wrong.insert(&case.name);
-                let _ = write!(
-                    failures,
-                    "\n{file}: {}: {probe}: engine {engine} disagrees\n  {}\n  expected:\n{}  observed:\n{}",
-                    case.name,
-                    case.says.trim(),
-                    show(expected),
-                    show(&observed),
-                );
             }
         }
     }
-    println!("{} cases, {compared} tables compared", all.len());
-    assert!(all.len() >= 200, "{} cases found", all.len());
-    assert!(wrong.is_empty(), "{} of {} cases: {wrong:?}\n{failures}", wrong.len(), all.len());
+    println!("{} cases, tables compared: {compared:?}", all.len());
+    assert!(wrong.is_empty(), "{} of {} cases are wrong: {wrong:?}\n{failures}", wrong.len(), all.len());
+    assert!(all.len() >= 200, "{} cases", all.len());
+    let tables: usize = all.iter().map(|(_, case)| case.expect.len()).sum();
+    assert_eq!(compared, Engine::ALL.into_iter().map(|engine| (engine, tables)).collect());
 }
 
-/// Names are unique, every case says what it stands for, and each could fail: something is denied in it, or it is one
-/// of the cases about what must stay open, in which some policy or address stands beside.
+/// A case that is read otherwise than it was meant proves nothing.
+#[test]
+fn problems_are_reported_of_invalid_policies_and_of_nothing_else() {
+    let mut invalid = 0;
+    for (file, case) in cases() {
+        let (_, problems) = read(&case);
+        assert_eq!(file == INVALID, !problems.is_empty(), "{file}: {}: {problems:?}", case.name);
+        assert!(
+            problems.iter().all(|it| it.object.starts_with("NetworkPolicy ")),
+            "{}: {problems:?}",
+            case.name
+        );
+        invalid += usize::from(file == INVALID);
+    }
+    assert!(invalid >= 25, "{invalid} cases of invalid policies");
+}
+
 #[test]
 fn cases_are_well_formed() {
     let mut names = BTreeSet::new();
     for (file, case) in cases() {
-        assert!(names.insert(case.name.clone()), "{file}: {} is there twice", case.name);
-        assert!(case.says.split_whitespace().count() >= 5, "{file}: {}: says {:?}", case.name, case.says);
-        assert!(matches!(case.family, None | Some(4 | 6)), "{file}: {}", case.name);
+        let name = &case.name;
+        assert!(names.insert(name.clone()), "{file}: {name} is there twice");
+        assert!(case.says.split_whitespace().count() >= 5, "{file}: {name}: says {:?}", case.says);
+        let probes: BTreeSet<&String> = case.probes.iter().collect();
+        assert_eq!(probes, case.expect.keys().collect(), "{file}: {name}: probes and tables");
         for (probe, table) in &case.expect {
-            assert!(case.probes.contains(probe), "{file}: {}: {probe}", case.name);
-            assert_eq!(table.rows.len(), table.endpoints.len(), "{file}: {}", case.name);
+            let size = table.endpoints.len();
+            assert!(table.rows.len() == size && size >= 2, "{file}: {name}: {probe}");
             for (at, row) in table.rows.iter().enumerate() {
-                let own: Vec<usize> = row.match_indices('#').map(|(at, _)| at).collect();
-                assert_eq!((own, row.len()), (vec![at], table.endpoints.len()), "{file}: {}", case.name);
-                assert!(row.chars().all(|c| matches!(c, '#' | '.' | 'X')), "{file}: {}", case.name);
+                let itself: Vec<usize> = row.match_indices('#').map(|(at, _)| at).collect();
+                assert_eq!((itself, row.len()), (vec![at], size), "{file}: {name}: {probe}: {row}");
+                assert!(
+                    row.chars().all(|it| matches!(it, '#' | '.' | 'X')),
+                    "{file}: {name}: {probe}: {row}"
+                );
             }
         }
     }

@@ -245,7 +245,9 @@ fn crafted_packets_arrive_as_they_are() -> Result<()> {
             if family == Family::V6 && *name == "options" {
                 continue;
             }
-            let mut args = vec!["-w", "-A", "FORWARD", "-m", "comment", "--comment", name];
+            // What comes back (RST, ICMP errors) is not counted.
+            let source = address(&lab, "a", family).to_string();
+            let mut args = vec!["-w", "-A", "FORWARD", "-s", &source, "-m", "comment", "--comment", name];
             args.extend(condition.split(' '));
             node.exec(&Dialect::Nft.program(family, ""), &args)?;
         }

@@ -78,6 +78,7 @@ const STEPS: &[Step] = &[
         },
     },
     Step { name: "ebpf", needs: &[], run: |tree, log| ebpf::check(tree, log).map(Some) },
+    Step { name: "clippy-ebpf", needs: &["ebpf"], run: ebpf::lint },
     Step {
         name: "build",
         needs: &["setup"],

@@ -85,8 +85,22 @@ pub(crate) fn check(tree: &Tree, sink: &Sink) -> Result<String> {
     }
 }
 
-/// Runs cargo for the BPF target with `task` (`build`, `clippy`).
-fn cargo(tree: &Tree, toolchain: &Toolchain, task: &[&str], sink: &Sink) -> Result<()> {
+/// Runs clippy on npm-ebpf; gives a line when it could not be run.
+///
+/// # Errors
+/// When clippy complains.
+pub(crate) fn lint(tree: &Tree, sink: &Sink) -> Result<Option<String>> {
+    match prepare(tree, sink) {
+        Ok(toolchain) => {
+            cargo(tree, &toolchain, "clippy", &["--", "-D", "warnings"], sink)?;
+            Ok(None)
+        }
+        Err(error) => Ok(Some(format!("WARNING: npm-ebpf WAS NOT LINTED: {error:#}"))),
+    }
+}
+
+/// Runs cargo for the BPF target with `task` (`build`, `clippy`), and with `more` behind its own arguments.
+fn cargo(tree: &Tree, toolchain: &Toolchain, task: &str, more: &[&str], sink: &Sink) -> Result<()> {
     let mut path = toolchain.linker_directory.clone().into_os_string();
     path.push(":");
     path.push(env::var_os("PATH").unwrap_or_default());
@@ -101,8 +115,9 @@ fn cargo(tree: &Tree, toolchain: &Toolchain, task: &[&str], sink: &Sink) -> Resu
         .env("CARGO_TARGET_DIR", build_directory(tree))
         .env("CARGO_ENCODED_RUSTFLAGS", flags(tree, toolchain)?.join("\u{1f}"))
         .without_env("RUSTFLAGS")
-        .args(task)
+        .arg(task)
         .args(["--locked", "--release", "--target", TARGET, "-Z", "build-std=core"])
+        .args(more)
         .run(sink)
 }
 
@@ -112,7 +127,7 @@ fn build_directory(tree: &Tree) -> PathBuf {
 
 /// Builds, links and strips; gives the object's bytes.
 fn build(tree: &Tree, toolchain: &Toolchain, sink: &Sink) -> Result<Vec<u8>> {
-    cargo(tree, toolchain, &["build"], sink).context("building npm-ebpf")?;
+    cargo(tree, toolchain, "build", &[], sink).context("building npm-ebpf")?;
     let linked = build_directory(tree).join(TARGET).join("release/npm-ebpf");
     let linked = fs::read(&linked).with_context(|| format!("reading {}", linked.display()))?;
     bpf_object::strip(&linked)

@@ -74,31 +74,26 @@ pub(crate) fn install_missing(sink: &Sink) -> Result<()> {
     }
 
     sink.say(&format!("installing with apt-get: {list}{}", described(&missing)))?;
-    let log = Sink::Log(env::temp_dir().join(format!("npm-agent-setup-{}.log", std::process::id())));
-    let output = match sink {
-        Sink::Terminal => &log,
-        Sink::Log(_) => sink,
+    let log = match sink {
+        Sink::Terminal => env::temp_dir().join(format!("npm-agent-setup-{}.log", std::process::id())),
+        Sink::Log(path) => path.clone(),
     };
-    let outcome = apt_get(&packages, output);
+    let outcome = apt_get(&packages, &Sink::Log(log.clone()));
     let still: Vec<&Need> = NEEDS.iter().filter(|need| !is_there(&need.probe)).collect();
     if let Err(error) = outcome {
-        if let Sink::Log(path) = output {
-            bail!(
-                "{error:#}\nstill missing:{}\napt-get's output is in {}; repair it, or install these by hand: {list}",
-                described(&still),
-                path.display()
-            );
-        }
+        bail!(
+            "{error:#}\nstill missing:{}\napt-get's output is in {}; repair it, or install by hand: {list}",
+            described(&still),
+            log.display()
+        );
     }
     if !still.is_empty() {
         bail!("apt-get installed {list}, yet these are not found:{}", described(&still));
     }
-    if let Sink::Log(path) = &log
-        && path.exists()
-    {
-        std::fs::remove_file(path).context("removing apt-get's log")?;
+    match sink {
+        Sink::Terminal => std::fs::remove_file(log).context("removing apt-get's log"),
+        Sink::Log(_) => Ok(()),
     }
-    Ok(())
 }
 
 fn apt_get(packages: &[&str], output: &Sink) -> Result<()> {

@@ -6,16 +6,20 @@
 //! (raw table), so nobody answers. Packets between namespaces are forwarded within the sender's `send`, so the time at which a packet
 //! met the filter lies between the two times that are recorded around the call.
 
+use std::io::IoSliceMut;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::cmsg_space;
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{
-    AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, setsockopt, socket, sockopt,
+    AddressFamily, ControlMessageOwned, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, recvmsg,
+    setsockopt, socket, sockopt,
 };
 use npm_policy::goal::Family;
 use npm_policy::model::Protocol;
@@ -24,6 +28,7 @@ use super::netns::Netns;
 use super::node::write_setting;
 use super::packet::{Ends, IpSender, Segment, tcp, udp};
 use super::service::Dialect;
+use crate::exec;
 
 /// The first source port of new flows. All above it are used in turn.
 const FIRST_PORT: u16 = 1024;
@@ -151,12 +156,12 @@ impl Observer {
     /// A packet could not be sent, or the receiver's buffer overflowed: then nothing is known.
     pub fn stop(self) -> Result<Trace> {
         self.stop.store(true, Ordering::Relaxed);
-        let sent = self.sender.join().map_err(|_| anyhow::anyhow!("the sender panicked"));
+        let sent = join(self.sender);
         std::thread::sleep(SETTLE);
         self.done.store(true, Ordering::Relaxed);
-        let numbers = self.receiver.join().map_err(|_| anyhow::anyhow!("the receiver panicked"))??;
+        let numbers = join(self.receiver)?;
         hear(&self.stream)?;
-        let sent = sent??;
+        let sent = sent?;
         let mut arrived = vec![false; sent.len()];
         for number in numbers {
             let cell = arrived.get_mut(number as usize).context("a packet arrived that was never sent")?;
@@ -221,6 +226,13 @@ impl Trace {
     }
 }
 
+fn join<T>(thread: JoinHandle<Result<T>>) -> Result<T> {
+    match thread.join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
 /// Lets the destination drop the stream's packets before its own stack, and its conntrack, see them.
 fn deafen(stream: &Stream) -> Result<()> {
     raw_table(stream, "-A")
@@ -245,12 +257,14 @@ fn sniffer() -> Result<OwnedFd> {
     let sniffer = socket(AddressFamily::Packet, SockType::Datagram, flags, SockProtocol::EthAll)
         .context("opening a packet socket")?;
     setsockopt(&sniffer, sockopt::RcvBufForce, &BUFFER).context("making room for packets")?;
+    setsockopt(&sniffer, sockopt::RxqOvfl, &1).context("asking for the count of lost packets")?;
     Ok(sniffer)
 }
 
 fn send(packets: &IpSender, stream: &Stream, stop: &AtomicBool) -> Result<Vec<Sent>> {
     // Otherwise the kernel may wake us up to 50 us late, for every packet.
     nix::sys::prctl::set_timerslack(1).context("setting the timer slack")?;
+    exec::run_first()?;
     let pause = Duration::from_secs(1) / stream.rate;
     let start = Instant::now();
     let mut sent: Vec<Sent> = Vec::new();
@@ -287,26 +301,39 @@ fn render(stream: &Stream, number: u32) -> Result<Vec<u8>> {
 }
 
 fn receive(sniffer: &OwnedFd, stream: &Stream, done: &AtomicBool) -> Result<Vec<u32>> {
-    use nix::poll::{PollFd, PollFlags, poll};
-    use std::os::fd::AsFd;
-
     let mut numbers = Vec::new();
     let mut buffer = [0; 256];
-    while !done.load(Ordering::Relaxed) {
-        let mut ready = [PollFd::new(sniffer.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut ready, 20u8) {
+    let mut overflow = cmsg_space!(u32);
+    loop {
+        // Asked first: what came before is read after.
+        let last = done.load(Ordering::Relaxed);
+        match poll(&mut [PollFd::new(sniffer.as_fd(), PollFlags::POLLIN)], 20u8) {
             Ok(_) | Err(nix::Error::EINTR) => {}
             Err(error) => return Err(error).context("waiting for packets"),
         }
         loop {
-            match recvfrom::<LinkAddr>(sniffer.as_raw_fd(), &mut buffer) {
-                Ok((len, _)) => numbers.extend(number_of(stream, &buffer[..len])),
-                Err(nix::Error::EAGAIN) => break,
-                Err(error) => return Err(error).context("receiving packets"),
-            }
+            let len = {
+                let mut room = [IoSliceMut::new(&mut buffer)];
+                let none = MsgFlags::empty();
+                match recvmsg::<LinkAddr>(sniffer.as_raw_fd(), &mut room, Some(&mut overflow), none) {
+                    Ok(message) => {
+                        for control in message.cmsgs().context("reading control messages")? {
+                            if let ControlMessageOwned::RxqOvfl(lost @ 1..) = control {
+                                bail!("the receiver was too slow and lost {lost} packets");
+                            }
+                        }
+                        message.bytes
+                    }
+                    Err(nix::Error::EAGAIN) => break,
+                    Err(error) => return Err(error).context("receiving packets"),
+                }
+            };
+            numbers.extend(number_of(stream, &buffer[..len]));
+        }
+        if last {
+            return Ok(numbers);
         }
     }
-    Ok(numbers)
 }
 
 /// The number of a packet of the stream.

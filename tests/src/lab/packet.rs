@@ -109,7 +109,7 @@ pub fn echo_request(family: Family, id: u16, sequence: u16) -> Vec<u8> {
 pub fn internet_checksum(bytes: &[u8]) -> u16 {
     let mut sum = 0u32;
     for pair in bytes.chunks(2) {
-        sum += u32::from(pair[0]) << 8 | u32::from(pair.get(1).copied().unwrap_or(0));
+        sum += u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
     }
     while sum > 0xffff {
         sum = (sum >> 16) + (sum & 0xffff);
@@ -236,7 +236,7 @@ pub fn fragments(packet: &[u8], size: usize, id: u32) -> Result<Vec<Vec<u8>>> {
             let total = (20 + piece.len()) as u16;
             fragment[2..4].copy_from_slice(&total.to_be_bytes());
             fragment[4..6].copy_from_slice(&(id as u16).to_be_bytes());
-            fragment[6..8].copy_from_slice(&(more << 13 | offset / 8).to_be_bytes());
+            fragment[6..8].copy_from_slice(&((more << 13) | (offset / 8)).to_be_bytes());
             fragment[10..12].copy_from_slice(&[0, 0]);
             let checksum = internet_checksum(&fragment);
             fragment[10..12].copy_from_slice(&checksum.to_be_bytes());

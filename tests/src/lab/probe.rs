@@ -195,7 +195,7 @@ impl Volley<'_> {
             Transport::Port(Protocol::Udp, port) => self.send_udp(index, probe, port),
             Transport::Port(Protocol::Sctp, port) => {
                 let source = self.ports.next(probe.from, probe.transport);
-                let tag = u32::from(source) << 16 | 0x4e50;
+                let tag = sctp_tag(source);
                 let init = Sctp { source, destination: port, verification: 0, tag, chunk: SctpChunk::Init };
                 self.send_raw(index, probe, source, SockProtocol::Sctp, &init.to_bytes())
             }
@@ -400,6 +400,11 @@ impl Wanted {
     }
 }
 
+/// The tag of an association that starts from a port.
+fn sctp_tag(port: u16) -> u32 {
+    (u32::from(port) << 16) | 0x4e50
+}
+
 /// What an echo reply or INIT ACK, read from a raw socket of `local`, answers.
 fn answer_to(local: IpAddr, protocol: u8, packet: &[u8]) -> Option<Identity> {
     let start = match local {
@@ -413,7 +418,7 @@ fn answer_to(local: IpAddr, protocol: u8, packet: &[u8]) -> Option<Identity> {
         (132, _) => {
             let answer = Sctp::parse(packet).filter(|answer| answer.chunk == SctpChunk::InitAck)?;
             // Our tag carries our port, so an answer to somebody else's INIT is not taken for ours.
-            let ours = u32::from(answer.destination) << 16 | 0x4e50;
+            let ours = sctp_tag(answer.destination);
             (answer.verification == ours).then_some(answer.destination)?
         }
         _ => return None,

@@ -133,7 +133,7 @@ pub fn explain(state: &State, flow: &Flow) -> Result<(Decision, Trace), Uninterp
 /// Something of ours on the packet's way can't be interpreted.
 pub fn follow(state: &State, packet: &mut Packet, trace: &mut Option<Trace>) -> Result<End, Uninterpretable> {
     let walk = Walk { state };
-    for line in state.forward.iter().filter(|line| line.leads_to_us()) {
+    for line in state.forward.iter().filter(|line| layout::is_our_jump(line)) {
         match walk.line(layout::FORWARD, line, packet, trace, 0)? {
             Step::Next => {}
             // A goto from the hook ends in the hook's policy, a RETURN as well.
@@ -233,11 +233,10 @@ impl Walk<'_> {
         let plain = source.is_none_or(|net| net.contains(&packet.source))
             && destination.is_none_or(|net| net.contains(&packet.destination))
             && protocol.is_none_or(|number| number == packet.protocol)
-            && ports.is_none_or(|(first, last)| packet.port.is_some_and(|port| (first..=last).contains(&port)))
+            && ports
+                .is_none_or(|(first, last)| packet.port.is_some_and(|port| (first..=last).contains(&port)))
             && icmpv6_type.is_none_or(|number| packet.icmpv6_type == Some(number))
-            && states
-                .as_ref()
-                .is_none_or(|states| states.sense.holds(states.states.contains(&packet.state)))
+            && states.as_ref().is_none_or(|states| states.sense.holds(states.states.contains(&packet.state)))
             && mark.is_none_or(|mark| packet.mark & mark.mask == mark.value);
         if !plain {
             return Ok(false);

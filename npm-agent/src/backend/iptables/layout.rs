@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use npm_policy::names::SET_PREFIX;
 
-use super::state::{CtState, CtStates, Rule, Sense, Target};
+use super::state::{CtState, CtStates, Line, Rule, Sense, Target};
 
 /// The kernel chain that every forwarded packet passes.
 pub const FORWARD: &str = "FORWARD";
@@ -69,9 +69,22 @@ pub fn temporary_names(name: &str) -> impl Iterator<Item = Arc<str>> {
 /// The rule of `FORWARD` that leads to us: whatever no allowed connection vouches for is judged.
 pub fn jump() -> Rule {
     let states = [CtState::Related, CtState::Established].into();
-    Rule {
-        states: Some(CtStates { sense: Sense::IsNot, states }),
-        ..Rule::new(Target::Jump(ENTRY.into()))
+    Rule { states: Some(CtStates { sense: Sense::IsNot, states }), ..Rule::new(Target::Jump(ENTRY.into())) }
+}
+
+/// Whether a rule of `FORWARD` is a jump that we, or Azure NPM, put there: to our chains, for packets of certain
+/// conntrack states or for all. One with any other match is somebody else's.
+pub fn is_our_jump(line: &Line) -> bool {
+    match line {
+        Line::Unreadable(_) => false,
+        Line::Rule(rule) => {
+            let bare = Rule {
+                states: rule.states.clone(),
+                comment: rule.comment.clone(),
+                ..Rule::new(rule.target.clone())
+            };
+            line.leads_to_us() && bare == *rule
+        }
     }
 }
 

@@ -71,7 +71,8 @@ impl Rendered {
         let names = names::name_sets(goal.sets.keys());
         let suffixes = names::name_chains(goal.programs.keys());
         let mut owners = BTreeMap::new();
-        let mut render = |family| Renderer { goal, family, names: &names, suffixes: &suffixes }.state(&mut owners);
+        let mut render =
+            |family| Renderer { goal, family, names: &names, suffixes: &suffixes }.state(&mut owners);
         let (v4, v6) = (render(Family::V4), render(Family::V6));
         Self { v4, v6, names, owners, read: OnceLock::new() }
     }
@@ -113,7 +114,7 @@ impl Rendered {
         let mut read = |family| {
             let filter = text::parse_filter(family, &self.filter_text(family))?;
             let sets = sets.remove(&family).unwrap_or_default();
-            Ok(State { family, sets, chains: filter.chains, forward: filter.forward })
+            Ok(State { sets, chains: filter.chains, forward: filter.forward, ..State::empty(family) })
         };
         Ok([read(Family::V4)?, read(Family::V6)?])
     }
@@ -302,7 +303,11 @@ impl Renderer<'_> {
         format!("{}-{}", direction.chain(), self.suffixes[key]).into()
     }
 
-    fn add_policies(&self, chains: &mut BTreeMap<Name, Chain>, owners: &mut BTreeMap<Name, BTreeSet<PolicyKey>>) {
+    fn add_policies(
+        &self,
+        chains: &mut BTreeMap<Name, Chain>,
+        owners: &mut BTreeMap<Name, BTreeSet<PolicyKey>>,
+    ) {
         let mut drafts: Vec<(&PolicyKey, Name, Vec<Entry>)> = Vec::new();
         for (key, program) in &self.goal.programs {
             for direction in [Direction::Ingress, Direction::Egress] {
@@ -318,10 +323,12 @@ impl Renderer<'_> {
                 drafts.push((key, self.policy_chain(direction, key), entries));
             }
         }
-        let lists = drafts.iter().flat_map(|(_, _, entries)| entries.iter().filter_map(|entry| match entry {
-            Entry::Rule(_) => None,
-            Entry::Ports { ports, .. } => Some(list_text(ports)),
-        }));
+        let lists = drafts.iter().flat_map(|(_, _, entries)| {
+            entries.iter().filter_map(|entry| match entry {
+                Entry::Rule(_) => None,
+                Entry::Ports { ports, .. } => Some(list_text(ports)),
+            })
+        });
         let suffixes = names::chain_suffixes(lists.collect());
         for (key, name, entries) in drafts {
             owners.entry(Arc::clone(&name)).or_default().insert(key.clone());

@@ -27,6 +27,8 @@ pub struct State {
     pub chains: BTreeMap<Name, Chain>,
     /// All rules of `FORWARD`, ours and others', in order.
     pub forward: Vec<Line>,
+    /// Chains of ours that somebody else's rules lead to: they can be emptied and not deleted.
+    pub claimed: BTreeSet<Name>,
 }
 
 /// A chain's rules, in order.
@@ -256,7 +258,13 @@ impl Set {
 impl State {
     /// No sets, no chains, an empty `FORWARD`.
     pub fn empty(family: Family) -> Self {
-        Self { family, sets: BTreeMap::new(), chains: BTreeMap::new(), forward: Vec::new() }
+        Self {
+            family,
+            sets: BTreeMap::new(),
+            chains: BTreeMap::new(),
+            forward: Vec::new(),
+            claimed: BTreeSet::new(),
+        }
     }
 
     /// The sets that rules name, each once.
@@ -267,7 +275,7 @@ impl State {
 
     /// Whether nothing of ours is there.
     pub fn is_clear(&self) -> bool {
-        self.sets.is_empty() && self.chains.is_empty() && !self.forward.iter().any(Line::leads_to_us)
+        self.sets.is_empty() && self.chains.is_empty() && !self.forward.iter().any(layout::is_our_jump)
     }
 }
 
@@ -344,10 +352,14 @@ mod tests {
 
     #[test]
     fn unreadable_rules_still_show_what_they_name() {
-        let line = Line::Unreadable("-m set --match-set azure-npm-1 src -m limit --limit 3/sec -j AZURE-NPM-X".into());
+        let line = Line::Unreadable(
+            "-m set --match-set azure-npm-1 src -m limit --limit 3/sec -j AZURE-NPM-X".into(),
+        );
         assert_eq!(line.sets(), vec![Name::from("azure-npm-1")]);
         assert!(line.leads_to_us());
-        for foreign in ["-m comment --comment AZURE-NPM -j KUBE-FORWARD", r#"-m comment --comment "-j AZURE-NPM" -j X"#] {
+        for foreign in
+            ["-m comment --comment AZURE-NPM -j KUBE-FORWARD", r#"-m comment --comment "-j AZURE-NPM" -j X"#]
+        {
             assert!(!Line::Unreadable(foreign.into()).leads_to_us(), "{foreign}");
         }
     }

@@ -3,7 +3,7 @@
 //! One parser reads both what we write and what the kernel's tools print (the nft and the legacy variant print alike).
 //! Of other people's objects it takes no notice; of ours, what it can't read is kept as such and never guessed at.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::str::SplitWhitespace;
@@ -15,7 +15,9 @@ use npm_policy::goal::{Family, Member};
 use npm_policy::model::Protocol;
 
 use super::layout;
-use super::state::{Chain, CtState, CtStates, Line, Mark, Name, Rule, Sense, Set, SetKind, SetMatch, Side, Target};
+use super::state::{
+    Chain, CtState, CtStates, Line, Mark, Name, Rule, Sense, Set, SetKind, SetMatch, Side, Target,
+};
 
 /// Every set may hold as many members as the type can (ipset's default of 65,536 is less than a large cluster's
 /// pods). It is a limit, not a size: an empty set takes no more memory for it.
@@ -38,8 +40,8 @@ pub struct Filter {
     pub chains: BTreeMap<Name, Chain>,
     /// Everything in `FORWARD`.
     pub forward: Vec<Line>,
-    /// Other chains' rules that hand packets to ours: `CHAIN: rule`.
-    pub foreign_references: Vec<String>,
+    /// Our chains that other people's rules lead to.
+    pub claimed: BTreeSet<Name>,
     /// How many rules of whatever kind the table has.
     pub rules: usize,
 }
@@ -51,7 +53,7 @@ pub struct Filter {
 pub fn parse_filter(family: Family, text: &str) -> Result<Filter, Unreadable> {
     let mut chains: BTreeMap<Name, Vec<Line>> = BTreeMap::new();
     let mut forward = Vec::new();
-    let mut foreign_references = Vec::new();
+    let mut claimed = BTreeSet::new();
     let mut rules = 0;
     for (index, line) in text.lines().enumerate() {
         let unreadable = || Unreadable { line: index + 1, text: line.to_owned() };
@@ -65,19 +67,25 @@ pub fn parse_filter(family: Family, text: &str) -> Result<Filter, Unreadable> {
             }
             continue;
         }
-        let (chain, rule) =
-            line.strip_prefix("-A ").map(|rest| rest.split_once(' ').unwrap_or((rest, ""))).ok_or_else(unreadable)?;
+        let (chain, rule) = line
+            .strip_prefix("-A ")
+            .map(|rest| rest.split_once(' ').unwrap_or((rest, "")))
+            .ok_or_else(unreadable)?;
         rules += 1;
+        let rule = parse_line(family, rule);
         if layout::is_our_chain(chain) {
-            chains.entry(chain.into()).or_default().push(parse_line(family, rule));
-        } else if chain == layout::FORWARD {
-            forward.push(parse_line(family, rule));
-        } else if parse_line(family, rule).leads_to_us() {
-            foreign_references.push(format!("{chain}: {rule}"));
+            chains.entry(chain.into()).or_default().push(rule);
+            continue;
+        }
+        if chain != layout::FORWARD || !layout::is_our_jump(&rule) {
+            claimed.extend(rule.callees().into_iter().filter(|callee| layout::is_our_chain(callee)));
+        }
+        if chain == layout::FORWARD {
+            forward.push(rule);
         }
     }
     let chains = chains.into_iter().map(|(name, lines)| (name, Arc::new(lines))).collect();
-    Ok(Filter { chains, forward, foreign_references, rules })
+    Ok(Filter { chains, forward, claimed, rules })
 }
 
 /// Reads one rule, without its `-A CHAIN`.
@@ -218,7 +226,8 @@ fn parse_mark(text: &str) -> Option<Mark> {
 
 /// The text of a rule after `-A CHAIN `, in the order in which `iptables-save` prints it.
 pub fn rule_text(rule: &Rule) -> String {
-    let Rule { source, destination, protocol, ports, icmpv6_type, states, mark, sets, comment, target } = rule;
+    let Rule { source, destination, protocol, ports, icmpv6_type, states, mark, sets, comment, target } =
+        rule;
     let mut words = Vec::new();
     words.extend(source.map(|net| format!("-s {net}")));
     words.extend(destination.map(|net| format!("-d {net}")));
@@ -281,7 +290,9 @@ fn mark_text(mark: Mark) -> String {
 }
 
 fn escape(text: &str) -> String {
-    text.chars().flat_map(|char| matches!(char, '"' | '\\' | '\'').then_some('\\').into_iter().chain([char])).collect()
+    text.chars()
+        .flat_map(|char| matches!(char, '"' | '\\' | '\'').then_some('\\').into_iter().chain([char]))
+        .collect()
 }
 
 /// Reads what `ipset save` prints: our sets of each family. Sets without a family count as IPv4's.
@@ -504,12 +515,10 @@ mod tests {
                     create azure-npm-e hash:ip,port family inet maxelem 4294967295\nadd azure-npm-e 10.0.0.1,icmp:8/0\n";
         let sets = parse_sets(text).unwrap();
         let v4 = &sets[&Family::V4];
-        assert_eq!(v4.keys().map(|name| &**name).collect::<Vec<_>>(), [
-            "azure-npm-a",
-            "azure-npm-c",
-            "azure-npm-d",
-            "azure-npm-e"
-        ]);
+        assert_eq!(
+            v4.keys().map(|name| &**name).collect::<Vec<_>>(),
+            ["azure-npm-a", "azure-npm-c", "azure-npm-d", "azure-npm-e"]
+        );
         let members = [
             Member::Address("10.0.0.1".parse().unwrap()),
             Member::Include("0.0.0.0/1".parse().unwrap()),

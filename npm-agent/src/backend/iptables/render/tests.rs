@@ -3,8 +3,8 @@ use std::path::PathBuf;
 use npm_policy::compile::compile;
 use npm_policy::flow::Transport;
 use npm_policy::model::{
-    Block, Labels, NamedPort, NamespaceScope, Operator, Peer, Peers, Pod, PodKey, PodNetwork, PodPhase, Policy,
-    Port, Ports, Protocol, Requirement, Rule as PolicyRule, Selector,
+    Block, Labels, NamedPort, NamespaceScope, Operator, Peer, Peers, Pod, PodKey, PodNetwork, PodPhase,
+    Policy, Port, Ports, Protocol, Requirement, Rule as PolicyRule, Selector,
 };
 use npm_policy::world::{Change, World};
 
@@ -43,7 +43,12 @@ fn tcp(first: u16, last: u16) -> Port {
     Port::Range { protocol: Protocol::Tcp, first, last }
 }
 
-fn policy(name: &str, subjects: Selector, ingress: Option<Vec<PolicyRule>>, egress: Option<Vec<PolicyRule>>) -> Change {
+fn policy(
+    name: &str,
+    subjects: Selector,
+    ingress: Option<Vec<PolicyRule>>,
+    egress: Option<Vec<PolicyRule>>,
+) -> Change {
     let key = PolicyKey::new("x", name);
     Change::Policy(key.clone(), Some(Policy { key, subjects, ingress, egress }))
 }
@@ -158,7 +163,10 @@ fn the_whole_of_a_family_becomes_halves() {
     let all = set(&[Member::Include(net("::/0"))]);
     assert_eq!(all, [Member::Include(net("::/1")), Member::Include(net("8000::/1"))].into_iter().collect());
     let half = set(&[Member::Include(net("0.0.0.0/0")), Member::Except(net("128.0.0.0/1"))]);
-    assert_eq!(half, [Member::Include(net("0.0.0.0/1")), Member::Except(net("128.0.0.0/1"))].into_iter().collect());
+    assert_eq!(
+        half,
+        [Member::Include(net("0.0.0.0/1")), Member::Except(net("128.0.0.0/1"))].into_iter().collect()
+    );
     let one = set(&[Member::Include(net("10.0.0.1/32"))]);
     assert_eq!(one, [Member::Address("10.0.0.1".parse().unwrap())].into_iter().collect());
 }

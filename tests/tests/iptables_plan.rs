@@ -1,0 +1,284 @@
+//! Every write of every plan, on a model of the kernel: between two states no flow that both deny passes and none that
+//! both allow is lost; the model refuses what the kernel refuses; and a plan cut short is continued by the next.
+
+use std::cell::Cell;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use npm_agent::backend::iptables::interpret;
+use npm_agent::backend::iptables::layout::{self, Placement};
+use npm_agent::backend::iptables::plan::{Other, SetOp, Step, Transaction, plan};
+use npm_agent::backend::iptables::render::Rendered;
+use npm_agent::backend::iptables::state::{Line, Set, SetKind, State};
+use npm_policy::compile::Compiler;
+use npm_policy::flow::{Decision, Flow};
+use npm_policy::goal::{Family, Goal, Member};
+use npm_policy::world::Change;
+use npm_tests::random::{NODES, SplitMix, flows, sequence, world};
+use proptest::prelude::*;
+
+/// One write, as the kernel sees it.
+enum Write {
+    Set(SetOp),
+    Rules(Transaction),
+}
+
+fn writes(steps: Vec<Step>) -> Vec<Write> {
+    let mut writes = Vec::new();
+    for step in steps {
+        match step {
+            Step::Sets(ops) => writes.extend(ops.into_iter().map(Write::Set)),
+            Step::Rules(transaction) => writes.push(Write::Rules(transaction)),
+            Step::Enforced => {}
+        }
+    }
+    writes
+}
+
+/// What the kernel does with a write, or why it refuses.
+fn write(kernel: &mut State, write: &Write) -> Result<(), String> {
+    match write {
+        Write::Set(op) => write_set(kernel, op),
+        Write::Rules(transaction) => write_rules(kernel, transaction),
+    }
+}
+
+fn write_set(kernel: &mut State, op: &SetOp) -> Result<(), String> {
+    match op {
+        SetOp::Create { set, kind } => {
+            if matches!(kind, SetKind::Other(_)) || set.len() > 31 {
+                return Err(format!("cannot create {set}"));
+            }
+            let new = Set { kind: kind.clone(), members: Default::default() };
+            match kernel.sets.insert(Arc::clone(set), new) {
+                Some(_) => Err(format!("{set} is there")),
+                None => Ok(()),
+            }
+        }
+        SetOp::Add { set, member } => {
+            let found = kernel.sets.get_mut(set).ok_or_else(|| format!("no set {set}"))?;
+            let fits = match (member, &found.kind) {
+                (Member::Address(_) | Member::Except(_), SetKind::Net) => true,
+                (Member::Include(net), SetKind::Net) => {
+                    net.prefix_len() > 0 && net.prefix_len() < net.max_prefix_len()
+                }
+                (Member::Port(..), SetKind::IpPort) => true,
+                _ => false,
+            };
+            // The kernel holds a network once, with or without nomatch.
+            let twin = match member {
+                Member::Include(net) => Some(Member::Except(*net)),
+                Member::Except(net) => Some(Member::Include(*net)),
+                Member::Address(address) => Some(Member::Except((*address).into())),
+                Member::Port(..) => None,
+            };
+            let clash = twin.is_some_and(|twin| found.members.contains(&twin));
+            if !fits || clash || member.family() != kernel.family || found.members.insert(*member).is_some() {
+                return Err(format!("cannot add {member:?} to {set}"));
+            }
+            Ok(())
+        }
+        SetOp::Delete { set, member } => {
+            let found = kernel.sets.get_mut(set).ok_or_else(|| format!("no set {set}"))?;
+            found.members.remove(member).map(drop).ok_or_else(|| format!("no {member:?} in {set}"))
+        }
+        SetOp::Swap { one, other } => {
+            let (first, second) = match (kernel.sets.get(one), kernel.sets.get(other)) {
+                (Some(first), Some(second)) if first.kind == second.kind => (first.clone(), second.clone()),
+                _ => return Err(format!("cannot swap {one} and {other}")),
+            };
+            kernel.sets.insert(Arc::clone(one), second);
+            kernel.sets.insert(Arc::clone(other), first);
+            Ok(())
+        }
+        SetOp::Destroy { set } => {
+            if kernel.referenced_sets().contains(set) {
+                return Err(format!("{set} is in use"));
+            }
+            kernel.sets.remove(set).map(drop).ok_or_else(|| format!("no set {set}"))
+        }
+    }
+}
+
+fn write_rules(kernel: &mut State, transaction: &Transaction) -> Result<(), String> {
+    for (name, chain) in &transaction.chains {
+        match chain {
+            Some(chain) => drop(kernel.chains.insert(Arc::clone(name), Arc::clone(chain))),
+            None => drop(kernel.chains.remove(name).ok_or_else(|| format!("no chain {name}"))?),
+        }
+    }
+    if let Some(edit) = &transaction.forward {
+        for line in &edit.delete {
+            let index = kernel.forward.iter().position(|found| found == line);
+            kernel.forward.remove(index.ok_or("no such rule in FORWARD")?);
+        }
+        if let Some(index) = edit.insert_at {
+            kernel.forward.insert(index, Line::Rule(layout::jump()));
+        }
+    }
+    if let Some(set) = kernel.referenced_sets().iter().find(|set| !kernel.sets.contains_key(*set)) {
+        return Err(format!("a rule names the missing set {set}"));
+    }
+    let lines = kernel.chains.values().flat_map(|chain| chain.iter()).chain(&kernel.forward);
+    let callees: BTreeSet<_> =
+        lines.flat_map(Line::callees).filter(|name| layout::is_our_chain(name)).collect();
+    match callees.iter().find(|name| !kernel.chains.contains_key(*name)) {
+        Some(chain) => Err(format!("a rule leads to the missing chain {chain}")),
+        None => Ok(()),
+    }
+}
+
+fn decide(state: &State, flow: &Flow) -> Decision {
+    interpret::decide(state, state, flow).expect("every state between can be followed")
+}
+
+/// The flows that decide: those of the world before and after, of one family.
+fn probes(compilers: [&Compiler; 2], family: Family, seed: u64) -> Vec<Flow> {
+    let mut probes: BTreeSet<Flow> = BTreeSet::new();
+    for compiler in compilers {
+        let all = flows(compiler.world(), 200, seed);
+        probes.extend(all.into_iter().filter(|flow| Family::of(flow.source) == family));
+    }
+    probes.into_iter().collect()
+}
+
+fn kernel_of(rendered: &Rendered, family: Family) -> State {
+    rendered.family(family).clone()
+}
+
+#[derive(Default)]
+struct Seen {
+    writes: Cell<u64>,
+    checked: Cell<u64>,
+    plans: Cell<u64>,
+}
+
+/// Takes the kernel from one state to another, and looks at every instant. Ends early after `cut` writes.
+fn walk(
+    kernel: &mut State,
+    desired: &State,
+    probes: &[Flow],
+    cut: Option<usize>,
+    seen: &Seen,
+) -> Result<(), TestCaseError> {
+    let before: Vec<Decision> = probes.iter().map(|flow| decide(kernel, flow)).collect();
+    let after: Vec<Decision> = probes.iter().map(|flow| decide(desired, flow)).collect();
+    let steps = plan(kernel, desired, Placement::First, &Other::Absent);
+    let described = format!("{steps:#?}");
+    seen.plans.set(seen.plans.get() + 1);
+    for (index, step) in writes(steps).iter().enumerate() {
+        if cut == Some(index) {
+            return Ok(());
+        }
+        write(kernel, step).map_err(|refused| TestCaseError::fail(format!("{refused}\n{described}")))?;
+        seen.writes.set(seen.writes.get() + 1);
+        for ((flow, before), after) in probes.iter().zip(&before).zip(&after) {
+            if before == after {
+                let now = decide(kernel, flow);
+                seen.checked.set(seen.checked.get() + 1);
+                prop_assert_eq!(now, *before, "{} after write {} of {}", flow, index, &described);
+            }
+        }
+    }
+    let State { family: _, sets, chains, forward, claimed: _ } = desired;
+    prop_assert_eq!(&kernel.sets, sets);
+    prop_assert_eq!(&kernel.chains, chains);
+    prop_assert_eq!(&kernel.forward, forward);
+    prop_assert_eq!(plan(kernel, desired, Placement::First, &Other::Absent), vec![], "not settled");
+    Ok(())
+}
+
+fn config(cases: u32) -> ProptestConfig {
+    ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 3000, ..ProptestConfig::default() }
+}
+
+fn compiler(changes: Vec<Change>) -> Compiler {
+    let mut compiler = Compiler::new(NODES[0]);
+    compiler.apply(changes);
+    compiler
+}
+
+proptest! {
+    #![proptest_config(config(250))]
+
+    /// From one world to another through some changes at once, one by one, and cut short anywhere.
+    #[test]
+    fn no_instant_decides_otherwise(
+        start in world(),
+        changes in sequence(1..6),
+        seed in any::<u64>(),
+        at_once in 1usize..4,
+    ) {
+        let seen = Seen::default();
+        let mut compiler = compiler(start);
+        let mut numbers = SplitMix(seed);
+        for changes in changes.chunks(at_once) {
+            let before = compiler.clone();
+            let old = Rendered::of(&before.goal());
+            compiler.apply(changes.to_vec());
+            let new = Rendered::of(&compiler.goal());
+            for family in Family::BOTH {
+                let probes = probes([&before, &compiler], family, seed);
+                let mut kernel = kernel_of(&old, family);
+                walk(&mut kernel, new.family(family), &probes, None, &seen)?;
+
+                // Cut short, then on: to the new state, and back to the old one.
+                let steps = plan(&kernel_of(&old, family), new.family(family), Placement::First, &Other::Absent);
+                let count = writes(steps).len();
+                if count > 0 {
+                    let cut = usize::try_from(numbers.next() % count as u64).unwrap();
+                    for third in [new.family(family), old.family(family), Rendered::of(&Goal::default()).family(family)] {
+                        let mut kernel = kernel_of(&old, family);
+                        walk(&mut kernel, new.family(family), &probes, Some(cut), &seen)?;
+                        walk(&mut kernel, third, &probes, None, &seen)?;
+                    }
+                    // Cut twice.
+                    let mut kernel = kernel_of(&old, family);
+                    walk(&mut kernel, new.family(family), &probes, Some(cut), &seen)?;
+                    let again = usize::try_from(numbers.next() % 12).unwrap();
+                    walk(&mut kernel, old.family(family), &probes, Some(again), &seen).ok();
+                    walk(&mut kernel, new.family(family), &probes, None, &seen)?;
+                }
+            }
+        }
+    }
+
+    /// From nothing, and back to nothing.
+    #[test]
+    fn from_nothing_and_back(start in world(), seed in any::<u64>()) {
+        let seen = Seen::default();
+        let nothing = Rendered::of(&Goal::default());
+        let full = compiler(start);
+        let empty = compiler(Vec::new());
+        let rendered = Rendered::of(&full.goal());
+        for family in Family::BOTH {
+            let probes = probes([&full, &empty], family, seed);
+            let mut kernel = State::empty(family);
+            walk(&mut kernel, rendered.family(family), &probes, None, &seen)?;
+            walk(&mut kernel, nothing.family(family), &probes, None, &seen)?;
+        }
+    }
+}
+
+/// The common changes cost what they change, not what there is.
+#[test]
+fn one_pod_costs_little() {
+    let changes = npm_tests::random::cluster(20, 100, 10, NODES[0]);
+    let mut compiler = compiler(changes);
+    let all: Vec<_> = compiler.world().pods().cloned().collect();
+    let mut kernel = Rendered::of(&compiler.goal()).v4;
+    let seen = Seen::default();
+    for (pod, most) in [(&all[0], 120), (&all[1], 40), (&all[777], 40)] {
+        for change in [None, Some((**pod).clone())] {
+            let before = compiler.clone();
+            compiler.apply([Change::Pod(pod.key.clone(), change)]);
+            let desired = Rendered::of(&compiler.goal()).v4;
+            let steps = plan(&kernel, &desired, Placement::First, &Other::Absent);
+            let count = writes(steps).len();
+            println!("{}: {count} writes", pod.key);
+            assert!(count <= most, "{count} writes for {}", pod.key);
+            let probes = probes([&before, &compiler], Family::V4, 1);
+            walk(&mut kernel, &desired, &probes, None, &seen).unwrap();
+        }
+    }
+}
