@@ -1,4 +1,5 @@
 //! The matrix, from manifests to text.
+#![expect(clippy::unwrap_used, reason = "in tests, also outside of the test functions")]
 
 use std::fs;
 use std::net::IpAddr;
