@@ -1,5 +1,6 @@
 //! Malformed and hostile manifests: each gives a clear message, is never a reason to allow more, and leaves its
 //! neighbours in the same file and directory alone, in bounded time.
+#![expect(clippy::unwrap_used, reason = "in tests, also outside of the test functions")]
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -61,10 +62,12 @@ fn said(reading: &Reading) -> String {
 
 /// The policies among the changes.
 fn policies(reading: &Reading) -> Vec<&Policy> {
-    let policy = |change| match change {
-        &Change::Policy(_, Some(ref policy)) => Some(policy),
-        &(Change::Policy(_, None) | Change::Pod(..) | Change::Namespace(..)) => None,
-    };
+    fn policy(change: &Change) -> Option<&Policy> {
+        match change {
+            Change::Policy(_, Some(policy)) => Some(policy),
+            Change::Policy(_, None) | Change::Pod(..) | Change::Namespace(..) => None,
+        }
+    }
     reading.changes.iter().filter_map(policy).collect()
 }
 
