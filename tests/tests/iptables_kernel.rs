@@ -1,5 +1,6 @@
 //! The iptables backend on the kernel itself, each test in a network namespace of its own that ends with its thread:
 //! nft and legacy, IPv4 and IPv6.
+#![expect(clippy::unwrap_used, reason = "a step that fails is the end of a test")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
@@ -166,7 +167,7 @@ fn drift_is_repaired_and_told() {
             .unwrap();
         let member = members.members.iter().find_map(|member| match member {
             Member::Address(address) => Some(*address),
-            _ => None,
+            Member::Port(..) | Member::Include(_) | Member::Except(_) => None,
         });
         let member = member.unwrap();
         let jump = "-m conntrack ! --ctstate RELATED,ESTABLISHED -j AZURE-NPM";
@@ -217,6 +218,29 @@ fn drift_is_repaired_and_told() {
             assert_eq!(read, expected(&goal), "{damage}");
             assert_eq!(backend.verify().unwrap(), Applied::default(), "after {damage}");
         }
+    });
+}
+
+/// Before anything is applied, what an earlier process left is kept as it was.
+#[test]
+fn inherited_state_is_kept_and_repaired() {
+    in_namespace(|variant| {
+        let goal = rich_goal();
+        assert_eq!(backend(variant).verify().unwrap(), Applied::default(), "nothing is inherited");
+        backend(variant).apply(&goal).unwrap();
+        let mut heir = backend(variant);
+        assert_eq!(heir.verify().unwrap(), Applied::default());
+        shell(&format!("{} -F AZURE-NPM-DENIED", variant.command(Family::V4)));
+        assert_eq!(
+            heir.verify().unwrap().drift.len(),
+            Rendered::of(&goal).v4.chains["AZURE-NPM-DENIED"].len()
+        );
+        assert_holds(&heir, &goal);
+        assert_eq!(heir.apply(&goal).unwrap(), Applied::default());
+        // Without its jump the inherited state enforces nothing: it gets it back.
+        shell(&format!("{} -F FORWARD", variant.command(Family::V6)));
+        backend(variant).verify().unwrap();
+        assert_holds(&heir, &goal);
     });
 }
 

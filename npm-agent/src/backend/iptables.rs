@@ -21,7 +21,7 @@ use self::plan::{Other, SetOp, Step, Transaction};
 use self::readback::Sets;
 use self::refusal::Refusals;
 use self::render::Rendered;
-use self::state::{Name, State};
+use self::state::{Line, Name, Rule, State, Target};
 use self::variant::Variant;
 use super::{Applied, Backend, BackendError, Removed};
 use crate::exec::Tools;
@@ -78,7 +78,7 @@ pub struct Iptables {
     lock_wait: Duration,
     /// The families that the kernel has.
     families: Vec<Family>,
-    /// What the last apply left in the kernel.
+    /// What the last apply left in the kernel; before the first, what an earlier process did.
     last: Option<Left>,
 }
 
@@ -118,10 +118,12 @@ impl Iptables {
             tracing::warn!("the kernel has no IPv6: policies are enforced for IPv4 only");
         }
         let sets = readback::sets(&tools)?;
+        let mut states = BTreeMap::new();
         for family in &families {
-            readback::state(&tools, variant, *family, &sets)?;
+            states.insert(*family, readback::state(&tools, variant, *family, &sets)?);
         }
-        Ok(Self { tools, variant, placement, lock_wait, families, last: None })
+        let last = Left::inherited(states);
+        Ok(Self { tools, variant, placement, lock_wait, families, last })
     }
 
     /// The iptables that is used.
@@ -240,11 +242,16 @@ impl Iptables {
 
     fn transact(&self, family: Family, transaction: &Transaction, left: &mut Left) -> Result<(), Failure> {
         let Err(error) = self.write_rules(self.variant, family, transaction) else { return Ok(()) };
-        let BackendError::Refused { stderr, .. } = &error else { return Err(error.into()) };
-        let refused = write::refused_rule(transaction, stderr);
         let probe = |rule: &_| write::probe(&self.tools, self.variant, family, self.lock_wait, rule);
-        let Some(desired) = left.states.get_mut(&family) else { return Err(error.into()) };
-        let learnt = left.refusals.learn(family, desired, refused, stderr, probe);
+        // While someone holds the lock nothing is taken: that says nothing of any rule.
+        let learnt = match (&error, left.states.get_mut(&family)) {
+            (BackendError::Refused { .. }, Some(desired))
+                if probe(&Line::Rule(Rule::new(Target::Return))) =>
+            {
+                left.refusals.learn(family, desired, probe)
+            }
+            _ => false,
+        };
         Err(Failure { error, cause: if learnt { Cause::Learnt } else { Cause::Unknown } })
     }
 
@@ -267,6 +274,22 @@ impl Iptables {
 }
 
 impl Left {
+    /// What an earlier process of ours left: until the first apply it stays, and is repaired. Nothing if there is none,
+    /// or not in our forms.
+    fn inherited(states: BTreeMap<Family, State>) -> Option<Self> {
+        let enforces = |state: &State| state.chains.get(layout::ENTRY).is_some_and(|chain| !chain.is_empty());
+        if !states.values().any(enforces) || !states.values().all(State::is_readable) {
+            return None;
+        }
+        Some(Self {
+            states,
+            people: BTreeMap::new(),
+            refusals: Refusals::new(BTreeMap::new()),
+            spared: BTreeSet::new(),
+            completeness: Completeness::Whole,
+        })
+    }
+
     fn of(rendered: Rendered, families: &[Family]) -> Self {
         let people = rendered.names.values().flat_map(|names| {
             [

@@ -236,7 +236,9 @@ impl Walk<'_> {
             && ports
                 .is_none_or(|(first, last)| packet.port.is_some_and(|port| (first..=last).contains(&port)))
             && icmpv6_type.is_none_or(|number| packet.icmpv6_type == Some(number))
-            && states.as_ref().is_none_or(|states| states.sense.holds(states.states.contains(&packet.state)))
+            && states
+                .as_ref()
+                .is_none_or(|states| states.states.contains(&packet.state) == states.sense.is_positive())
             && mark.is_none_or(|mark| packet.mark & mark.mask == mark.value);
         if !plain {
             return Ok(false);
@@ -257,7 +259,7 @@ impl Walk<'_> {
                 }
                 (Side::Source | Side::Destination | Side::DestinationPort, _) => return Err(missing()),
             };
-            if !matched.sense.holds(positive) {
+            if positive != matched.sense.is_positive() {
                 return Ok(false);
             }
         }

@@ -117,9 +117,6 @@ pub enum Other {
 pub fn plan(actual: &State, desired: &State, placement: Placement, other: &Other) -> Vec<Step> {
     let planner = Planner::new(actual, desired, placement, other);
     let mut steps = planner.steps();
-    if *other != Other::Absent && !steps.contains(&Step::Enforced) {
-        steps.insert(0, Step::Enforced);
-    }
     steps.retain(|step| match step {
         Step::Sets(ops) => !ops.is_empty(),
         Step::Rules(transaction) => !transaction.is_empty(),

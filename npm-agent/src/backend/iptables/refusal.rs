@@ -32,31 +32,21 @@ impl Refusals {
         self.degraded.iter().map(line).collect()
     }
 
-    /// Takes out of `desired` what the kernel has refused: the rule that the refusal points at; else every allow rule
-    /// whose like `probe` finds refused. Gives whether anything was taken out.
+    /// After a refusal, takes out of `desired` every allow rule of a kind that `probe` finds refused: the tools name the
+    /// failing line in some cases only, and a rule may be refused for a passing reason (a set that someone has just
+    /// destroyed). Gives whether anything was taken out.
     pub(super) fn learn(
         &mut self,
         family: Family,
         desired: &mut State,
-        refused: Option<(Name, usize)>,
-        stderr: &str,
         probe: impl Fn(&Line) -> bool,
     ) -> bool {
-        if let Some((chain, index)) = refused
-            && let Some(line) = desired.chains.get(&chain).and_then(|chain| chain.get(index)).cloned()
-            && self.is_allow(&chain, &line)
-        {
-            let reason = stderr.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
-            self.leave_out(family, desired, &chain, &line, reason);
-            return true;
-        }
-        // The legacy tools name the line of COMMIT only: ask for each kind of port match there is.
         let mut kinds: BTreeMap<Rule, Vec<(Name, Line)>> = BTreeMap::new();
         for (name, chain) in &desired.chains {
             for line in chain.iter().filter(|line| self.is_allow(name, line)) {
-                if let Line::Rule(rule @ Rule { protocol: Some(_), ports: Some(_), .. }) = line {
-                    let like =
-                        Rule { protocol: rule.protocol, ports: Some((1, 2)), ..Rule::new(Target::Return) };
+                if let Line::Rule(rule @ Rule { protocol: Some(_), .. }) = line {
+                    let ports = rule.ports.map(|_| (1, 2));
+                    let like = Rule { protocol: rule.protocol, ports, ..Rule::new(Target::Return) };
                     kinds.entry(like).or_default().push((Arc::clone(name), line.clone()));
                 }
             }

@@ -113,12 +113,9 @@ pub enum Sense {
 }
 
 impl Sense {
-    /// Whether a match of this sense holds, if its positive form does or does not.
-    pub fn holds(self, positive: bool) -> bool {
-        match self {
-            Self::Is => positive,
-            Self::IsNot => !positive,
-        }
+    /// Whether it is the match itself that must hold.
+    pub fn is_positive(self) -> bool {
+        self == Self::Is
     }
 }
 
@@ -271,6 +268,19 @@ impl State {
     pub fn referenced_sets(&self) -> BTreeSet<Name> {
         let lines = self.chains.values().flat_map(|chain| chain.iter()).chain(&self.forward);
         lines.flat_map(Line::sets).collect()
+    }
+
+    /// Whether all of ours is in the forms that we write.
+    pub fn is_readable(&self) -> bool {
+        let line = |line: &Line| match line {
+            Line::Rule(_) => true,
+            Line::Unreadable(_) => false,
+        };
+        let set = |set: &Set| match set.kind {
+            SetKind::Net | SetKind::IpPort => true,
+            SetKind::Other(_) => false,
+        };
+        self.chains.values().all(|chain| chain.iter().all(line)) && self.sets.values().all(set)
     }
 
     /// Whether nothing of ours is there.

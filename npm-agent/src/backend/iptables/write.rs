@@ -94,10 +94,9 @@ mod single {
     }
 }
 
-/// The lines of an `iptables-restore --noflush` file, and for each rule its line number (from 1), chain and place.
-pub(super) fn rules_text(transaction: &Transaction) -> (String, Vec<(usize, Name, usize)>) {
+/// An `iptables-restore --noflush` file.
+pub(super) fn rules_text(transaction: &Transaction) -> String {
     let mut lines = vec!["*filter".to_owned()];
-    let mut places = Vec::new();
     // Declaring a chain empties it.
     lines.extend(transaction.chains.keys().map(|name| format!(":{name} - [0:0]")));
     if let Some(edit) = &transaction.forward {
@@ -110,15 +109,14 @@ pub(super) fn rules_text(transaction: &Transaction) -> (String, Vec<(usize, Name
         }
     }
     for (name, chain) in &transaction.chains {
-        for (index, line) in chain.iter().flat_map(|chain| chain.iter()).enumerate() {
+        for line in chain.iter().flat_map(|chain| chain.iter()) {
             lines.push(format!("-A {name} {}", text::line_text(line)));
-            places.push((lines.len(), Arc::clone(name), index));
         }
     }
     let gone = transaction.chains.iter().filter(|(_, chain)| chain.is_none());
     lines.extend(gone.map(|(name, _)| format!("-X {name}")));
     lines.push("COMMIT\n".to_owned());
-    (lines.join("\n"), places)
+    lines.join("\n")
 }
 
 /// Carries out a transaction.
@@ -132,16 +130,9 @@ pub(super) fn rules(
     lock_wait: std::time::Duration,
     transaction: &Transaction,
 ) -> Result<(), BackendError> {
-    let (text, _) = rules_text(transaction);
+    let text = rules_text(transaction);
     let wait = lock_wait.as_secs().max(1).to_string();
     tools.run(&variant.restore(family), &["--noflush", "-w", &wait], &text).map(drop)
-}
-
-/// The rule that a refusal of a transaction points at: its chain and place.
-pub(super) fn refused_rule(transaction: &Transaction, stderr: &str) -> Option<(Name, usize)> {
-    let (_, places) = rules_text(transaction);
-    let number = line_number(stderr)?;
-    places.into_iter().find(|(line, _, _)| *line == number).map(|(_, chain, index)| (chain, index))
 }
 
 /// The set that could not be destroyed because rules name it, if that is what went wrong.
@@ -158,12 +149,10 @@ pub(super) fn held_set(ops: &[SetOp], error: &BackendError) -> Option<Name> {
     }
 }
 
-/// The line that a tool complains of: "line 4 failed", "line 4: RULE_APPEND failed (..)", "Error occurred at line: 4",
-/// "Error in line 4: ..".
+/// The line that `ipset` complains of: "Error in line 4: ..".
 fn line_number(stderr: &str) -> Option<usize> {
-    let (_, rest) = stderr.split_once("line")?;
-    let digits: String =
-        rest.trim_start_matches([':', ' ']).chars().take_while(char::is_ascii_digit).collect();
+    let (_, rest) = stderr.split_once("Error in line")?;
+    let digits: String = rest.trim_start().chars().take_while(char::is_ascii_digit).collect();
     digits.parse().ok()
 }
 
@@ -192,33 +181,35 @@ mod tests {
     use super::*;
 
     #[test]
-    fn refusals_are_found() {
+    fn a_transaction_as_text() {
         let chain =
             Arc::new(vec![Line::Rule(Rule::new(Target::Drop)), Line::Rule(Rule::new(Target::Return))]);
         let transaction = Transaction {
             chains: [("AZURE-NPM".into(), Some(chain)), ("AZURE-NPM-X".into(), None)].into(),
             forward: Some(ForwardEdit { delete: vec![Line::Rule(layout::jump())], insert_at: Some(0) }),
         };
-        let (text, _) = rules_text(&transaction);
         assert_eq!(
-            text,
+            rules_text(&transaction),
             "*filter\n:AZURE-NPM - [0:0]\n:AZURE-NPM-X - [0:0]\n\
              -D FORWARD -m conntrack ! --ctstate RELATED,ESTABLISHED -j AZURE-NPM\n\
              -I FORWARD 1 -m conntrack ! --ctstate RELATED,ESTABLISHED -j AZURE-NPM\n\
              -A AZURE-NPM -j DROP\n-A AZURE-NPM -j RETURN\n-X AZURE-NPM-X\nCOMMIT\n"
         );
-        // As iptables 1.8.9 says it.
-        for (stderr, rule) in [
-            ("iptables-nft-restore v1.8.9 (nf_tables): \nline 7: RULE_APPEND failed (No such file)", Some(1)),
-            (
-                "iptables-restore v1.8.9 (legacy): Couldn't load match `x'\n\nError occurred at line: 6",
-                Some(0),
-            ),
-            ("iptables-restore: line 9 failed", None),
-            ("Another app is currently holding the xtables lock.", None),
-        ] {
-            let found = refused_rule(&transaction, stderr);
-            assert_eq!(found, rule.map(|index| (Name::from("AZURE-NPM"), index)), "{stderr}");
-        }
+    }
+
+    #[test]
+    fn sets_in_use_are_recognised() {
+        let destroy = |set: &str| SetOp::Destroy { set: set.into() };
+        let ops = [destroy("a"), destroy("b")];
+        let refused = |stderr: &str| BackendError::Refused {
+            program: "ipset restore".to_owned(),
+            status: "exit status: 1".to_owned(),
+            stderr: stderr.to_owned(),
+        };
+        let in_use =
+            "ipset v7.17: Error in line 2: Set cannot be destroyed: it is in use by a kernel component";
+        assert_eq!(held_set(&ops, &refused(in_use)), Some("b".into()));
+        let missing = "ipset v7.17: Error in line 2: The set with the given name does not exist";
+        assert_eq!(held_set(&ops, &refused(missing)), None);
     }
 }
