@@ -59,7 +59,9 @@ fn write_set(kernel: &mut State, op: &SetOp) -> Result<(), String> {
             let found = kernel.sets.get_mut(set).ok_or_else(|| format!("no set {set}"))?;
             let fits = match (member, &found.kind) {
                 (Member::Address(_) | Member::Except(_), SetKind::Net) => true,
-                (Member::Include(net), SetKind::Net) => net.prefix_len() > 0 && net.prefix_len() < net.max_prefix_len(),
+                (Member::Include(net), SetKind::Net) => {
+                    net.prefix_len() > 0 && net.prefix_len() < net.max_prefix_len()
+                }
                 (Member::Port(..), SetKind::IpPort) => true,
                 _ => false,
             };
@@ -118,7 +120,8 @@ fn write_rules(kernel: &mut State, transaction: &Transaction) -> Result<(), Stri
         return Err(format!("a rule names the missing set {set}"));
     }
     let lines = kernel.chains.values().flat_map(|chain| chain.iter()).chain(&kernel.forward);
-    let callees: BTreeSet<_> = lines.flat_map(Line::callees).filter(|name| layout::is_our_chain(name)).collect();
+    let callees: BTreeSet<_> =
+        lines.flat_map(Line::callees).filter(|name| layout::is_our_chain(name)).collect();
     match callees.iter().find(|name| !kernel.chains.contains_key(*name)) {
         Some(chain) => Err(format!("a rule leads to the missing chain {chain}")),
         None => Ok(()),

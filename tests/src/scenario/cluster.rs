@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use npm_agent::source::convert::{Doubt, document};
+use npm_agent::source::manifests;
 use npm_policy::model::PodNetwork;
 use npm_policy::world::World;
 use serde_json::{Value, json};
@@ -49,7 +49,10 @@ impl Cluster {
     }
 
     fn set(&mut self, manifests: &str) -> Result<()> {
-        let documents: Vec<Value> = serde_saphyr::from_multiple(manifests).context("reading manifests")?;
+        // As kubectl reads YAML: a namespace may be called y.
+        let options = serde_saphyr::options! { strict_booleans: true };
+        let documents: Vec<Value> =
+            serde_saphyr::from_multiple_with_options(manifests, options).context("reading manifests")?;
         let mut left: Vec<Value> = documents.into_iter().rev().collect();
         while let Some(mut value) = left.pop() {
             if value.is_null() {
@@ -68,16 +71,19 @@ impl Cluster {
         Ok(())
     }
 
-    /// The objects as the policy core sees them.
-    pub fn world(&self) -> World {
+    /// The objects as the agent reads them.
+    ///
+    /// # Errors
+    /// They can't be written to be read.
+    pub fn world(&self) -> Result<World> {
+        let directory = tempfile::tempdir().context("making a directory for manifests")?;
+        self.write(directory.path())?;
         let mut world = World::default();
-        for value in self.objects.values() {
-            for change in document(value.clone(), Doubt::None).objects.into_iter().filter_map(|it| it.change)
-            {
-                world.apply(change);
-            }
+        // Objects in which something is wrong are in there, as strictly as the agent takes them.
+        for change in manifests::read(&[directory.path().to_owned()]).changes {
+            world.apply(change);
         }
-        world
+        Ok(world)
     }
 
     /// Writes all objects into the directory, as one file that is replaced at once.

@@ -12,9 +12,11 @@ use crate::lab::agent::{Agent, Settings};
 use crate::lab::netns::Netns;
 use crate::lab::service::Dialect;
 
-/// Which of the two, and where the agent's program finds its manifests.
+/// Who enforces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Means {
+    /// Nobody: what a scenario denies must then show as a difference, or the comparison proves nothing.
+    Nothing,
     /// Compiled and rendered in this process; `ipset restore` and `iptables-restore` do the rest.
     Rendering,
     /// The agent's program.
@@ -24,6 +26,8 @@ pub enum Means {
 /// Enforces on one node.
 #[derive(Debug)]
 pub enum Enforcer {
+    /// See [`Means::Nothing`].
+    Nothing,
     /// See [`Means::Rendering`].
     Rendering {
         /// The node's namespace.
@@ -58,6 +62,7 @@ impl Enforcer {
     pub fn start(means: Means, site: &Site<'_>) -> Result<Self> {
         let Site { netns, node, dialect, directory } = *site;
         match means {
+            Means::Nothing => Ok(Self::Nothing),
             Means::Rendering => Ok(Self::Rendering { netns: netns.clone(), node: node.to_owned(), dialect }),
             Means::Agent => {
                 let own: PathBuf = directory.join(netns.name());
@@ -82,6 +87,7 @@ impl Enforcer {
     /// It can't be done, or takes too long.
     pub fn enforce(&mut self, world: &World) -> Result<()> {
         match self {
+            Self::Nothing => Ok(()),
             Self::Rendering { netns, node, dialect } => {
                 let rendered = Rendered::of(&compile(world, node).0);
                 // Rules let go of sets before the sets go; nobody asks for more here than the end.
@@ -97,7 +103,7 @@ impl Enforcer {
     /// What it has said, for people.
     pub fn log(&self) -> String {
         match self {
-            Self::Rendering { .. } => String::new(),
+            Self::Nothing | Self::Rendering { .. } => String::new(),
             Self::Agent(agent) => agent.log(),
         }
     }

@@ -59,7 +59,7 @@ impl Runner {
     /// It could not be played to its end. What it showed otherwise is in the report.
     pub fn play(&mut self, scenario: &Scenario) -> Result<Report> {
         let clusters = Cluster::stages(scenario)?;
-        let worlds: Vec<World> = clusters.iter().map(Cluster::world).collect();
+        let worlds: Vec<World> = clusters.iter().map(Cluster::world).collect::<Result<_>>()?;
         let spec = spec(scenario, &worlds)?;
         let mut stage = match self.stage.take() {
             Some(stage) if stage.spec == spec => stage,
