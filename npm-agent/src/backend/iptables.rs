@@ -1,8 +1,356 @@
 //! The iptables/ipset backend: Azure NPM's chains and sets, converged from whatever is in the kernel.
+//!
+//! ```text
+//! Goal ─► render ─► State ─┐
+//!                          ├─► plan ─► steps ─► write (ipset, iptables-restore)
+//! kernel ─► readback ─► State ─► interpret ─► what a flow meets
+//! ```
+//!
+//! Everything but `readback`, `write` and `variant` is pure. The state is read before every change: what someone else did
+//! in between is repaired by the same plan that carries the change out.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use npm_policy::flow::{Decision, Flow};
+use npm_policy::goal::{Family, Goal};
+
+use self::layout::Placement;
+use self::plan::{Other, SetOp, Step, Transaction};
+use self::readback::Sets;
+use self::refusal::Refusals;
+use self::render::Rendered;
+use self::state::{Name, State};
+use self::variant::Variant;
+use super::{Applied, Backend, BackendError, Removed};
+use crate::exec::Tools;
+
+pub mod drift;
 pub mod interpret;
 pub mod layout;
 pub mod plan;
+pub mod readback;
+mod refusal;
+mod remove;
 pub mod render;
 pub mod state;
 pub mod text;
+pub mod variant;
+mod write;
+
+/// How often a change is planned again after a write was refused.
+const MAX_ATTEMPTS: u32 = 8;
+
+/// The pause after the first refusal; each further one is twice as long.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+
+/// How the backend is set up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// The iptables to use; `None`: the one that the node's kubelet uses.
+    pub variant: Option<Variant>,
+    /// Where in `FORWARD` our jump stands.
+    pub placement: Placement,
+    /// How long to wait for the lock that users of iptables share. Whole seconds, one at least.
+    pub lock_wait: Duration,
+    /// Where `ipset`, `iptables-nft-save` and their likes are.
+    pub tools: Tools,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            variant: None,
+            placement: Placement::First,
+            lock_wait: Duration::from_secs(5),
+            tools: Tools::default(),
+        }
+    }
+}
+
+/// The backend. It works in the network namespace of the thread that calls it.
+#[derive(Debug)]
+pub struct Iptables {
+    tools: Tools,
+    variant: Variant,
+    placement: Placement,
+    lock_wait: Duration,
+    /// The families that the kernel has.
+    families: Vec<Family>,
+    /// What the last apply left in the kernel.
+    last: Option<Left>,
+}
+
+/// What an apply left in the kernel.
+#[derive(Clone, Debug)]
+struct Left {
+    states: BTreeMap<Family, State>,
+    people: BTreeMap<Name, Name>,
+    refusals: Refusals,
+    /// Sets that rules of others hold fast.
+    spared: BTreeSet<Name>,
+    /// Whether all of it got there.
+    completeness: Completeness,
+}
+
+/// Whether an apply came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Completeness {
+    /// It failed on the way: what is missing is our own doing.
+    Partial,
+    /// It is all there: what is missing was taken by someone else.
+    Whole,
+}
+
+impl Iptables {
+    /// Finds out what the node has. Changes nothing.
+    ///
+    /// # Errors
+    /// The kernel or its tools lack what is needed for IPv4. Without IPv6 the backend goes on, and logs that.
+    pub fn new(options: Options) -> Result<Self, BackendError> {
+        let Options { variant, placement, lock_wait, tools } = options;
+        let variant = variant.unwrap_or_else(|| Variant::detect(&tools));
+        let mut families = vec![Family::V4];
+        if variant::has_ipv6()? {
+            families.push(Family::V6);
+        } else {
+            tracing::warn!("the kernel has no IPv6: policies are enforced for IPv4 only");
+        }
+        let sets = readback::sets(&tools)?;
+        for family in &families {
+            readback::state(&tools, variant, *family, &sets)?;
+        }
+        Ok(Self { tools, variant, placement, lock_wait, families, last: None })
+    }
+
+    /// The iptables that is used.
+    pub fn variant(&self) -> Variant {
+        self.variant
+    }
+
+    /// The families that are enforced.
+    pub fn families(&self) -> &[Family] {
+        &self.families
+    }
+
+    /// What is in the kernel.
+    ///
+    /// # Errors
+    /// A tool could not be run, or printed what it is not known to print.
+    pub fn read(&self) -> Result<BTreeMap<Family, State>, BackendError> {
+        let sets = readback::sets(&self.tools)?;
+        self.families.iter().map(|family| Ok((*family, self.read_family(*family, &sets)?))).collect()
+    }
+
+    fn read_family(&self, family: Family, sets: &Sets) -> Result<State, BackendError> {
+        readback::state(&self.tools, self.variant, family, sets)
+    }
+
+    /// Converges the kernel to `left`, and notes in it what the kernel would not take. Differences to `before` are drift.
+    fn converge(
+        &self,
+        left: &mut Left,
+        before: Option<&Left>,
+        applied: &mut Applied,
+    ) -> Result<(), BackendError> {
+        let mut before = before.filter(|before| before.completeness == Completeness::Whole);
+        let mut attempt = 0;
+        loop {
+            let error = match self.attempt(left, before.take(), applied) {
+                Ok(()) => {
+                    left.completeness = Completeness::Whole;
+                    return Ok(());
+                }
+                Err(Failure { error, cause: Cause::Learnt }) => {
+                    tracing::warn!(%error, "the kernel does not take all of it, going on without the rest");
+                    continue;
+                }
+                Err(Failure { error: _, cause: Cause::Held(set) }) if attempt + 1 >= MAX_ATTEMPTS => {
+                    tracing::warn!(%set, "rules that are not ours name a set of ours, leaving it");
+                    left.spared.insert(set);
+                    continue;
+                }
+                Err(Failure { error, cause: Cause::Held(_) | Cause::Unknown }) => error,
+            };
+            attempt += 1;
+            if attempt >= MAX_ATTEMPTS {
+                return Err(error);
+            }
+            tracing::debug!(%error, attempt, "a write was refused, reading again");
+            // Sets are let go of some time after the rules that named them.
+            std::thread::sleep(FIRST_PAUSE * 2_u32.pow(attempt - 1));
+        }
+    }
+
+    /// Reads, plans, and carries the plan out.
+    fn attempt(&self, left: &mut Left, before: Option<&Left>, applied: &mut Applied) -> Result<(), Failure> {
+        let sets = readback::sets(&self.tools)?;
+        for family in &self.families {
+            let actual = self.read_family(*family, &sets)?;
+            if let Some(before) = before {
+                applied.drift.extend(self.drift(&actual, before));
+            }
+            let leftovers = readback::leftovers(&self.tools, self.variant.other(), *family, &sets)?;
+            let other = match &leftovers {
+                None => Other::Absent,
+                Some(rules) => Other::Present(rules.referenced_sets()),
+            };
+            let desired = left.states.get(family).cloned().unwrap_or_else(|| State::empty(*family));
+            for step in plan::plan(&actual, &desired, self.placement, &other) {
+                self.step(*family, step, leftovers.as_ref(), left, applied)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn step(
+        &self,
+        family: Family,
+        step: Step,
+        leftovers: Option<&State>,
+        left: &mut Left,
+        applied: &mut Applied,
+    ) -> Result<(), Failure> {
+        match step {
+            Step::Sets(mut ops) => {
+                ops.retain(|op| !matches!(op, SetOp::Destroy { set } if left.spared.contains(set)));
+                if !ops.is_empty() {
+                    write::sets(&self.tools, family, &ops).map_err(|error| {
+                        let cause = write::held_set(&ops, &error).map_or(Cause::Unknown, Cause::Held);
+                        Failure { error, cause }
+                    })?;
+                    applied.set_writes += ops.len();
+                }
+            }
+            Step::Rules(transaction) => {
+                self.transact(family, &transaction, left)?;
+                applied.rule_writes += rule_writes(&transaction);
+            }
+            Step::Enforced => {
+                if let Some(rules) = leftovers {
+                    let transaction = remove::transaction(rules);
+                    self.write_rules(self.variant.other(), family, &transaction)?;
+                    applied.rule_writes += rule_writes(&transaction);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn transact(&self, family: Family, transaction: &Transaction, left: &mut Left) -> Result<(), Failure> {
+        let Err(error) = self.write_rules(self.variant, family, transaction) else { return Ok(()) };
+        let BackendError::Refused { stderr, .. } = &error else { return Err(error.into()) };
+        let refused = write::refused_rule(transaction, stderr);
+        let probe = |rule: &_| write::probe(&self.tools, self.variant, family, self.lock_wait, rule);
+        let Some(desired) = left.states.get_mut(&family) else { return Err(error.into()) };
+        let learnt = left.refusals.learn(family, desired, refused, stderr, probe);
+        Err(Failure { error, cause: if learnt { Cause::Learnt } else { Cause::Unknown } })
+    }
+
+    fn write_rules(
+        &self,
+        variant: Variant,
+        family: Family,
+        transaction: &Transaction,
+    ) -> Result<(), BackendError> {
+        write::rules(&self.tools, variant, family, self.lock_wait, transaction)
+    }
+
+    /// What someone else has changed since `before` was left.
+    fn drift(&self, actual: &State, before: &Left) -> Vec<String> {
+        let Some(expected) = before.states.get(&actual.family) else { return Vec::new() };
+        let mut actual = actual.clone();
+        actual.sets.retain(|name, _| !before.spared.contains(name));
+        drift::differences(&actual, expected, self.placement, &before.people)
+    }
+}
+
+impl Left {
+    fn of(rendered: Rendered, families: &[Family]) -> Self {
+        let people = rendered.names.values().flat_map(|names| {
+            [
+                (Arc::clone(&names.v4), Arc::clone(&names.name)),
+                (Arc::clone(&names.v6), Arc::clone(&names.name)),
+            ]
+        });
+        let people = people.collect();
+        let states = families.iter().map(|family| (*family, rendered.family(*family).clone())).collect();
+        Self {
+            states,
+            people,
+            refusals: Refusals::new(rendered.owners),
+            spared: BTreeSet::new(),
+            completeness: Completeness::Partial,
+        }
+    }
+}
+
+/// A write that failed.
+struct Failure {
+    error: BackendError,
+    cause: Cause,
+}
+
+/// What is known of a failure.
+enum Cause {
+    /// Nothing: the same may work after reading again.
+    Unknown,
+    /// The kernel does not take a rule, and the next attempt will do without it.
+    Learnt,
+    /// A set could not be destroyed because rules name it: ours, gone but not yet let go of; or others'.
+    Held(Name),
+}
+
+impl From<BackendError> for Failure {
+    fn from(error: BackendError) -> Self {
+        Self { error, cause: Cause::Unknown }
+    }
+}
+
+fn rule_writes(transaction: &Transaction) -> usize {
+    transaction.chains.len() + usize::from(transaction.forward.is_some())
+}
+
+impl Backend for Iptables {
+    fn name(&self) -> &'static str {
+        "iptables"
+    }
+
+    fn apply(&mut self, goal: &Goal) -> Result<Applied, BackendError> {
+        let mut applied = Applied::default();
+        let mut left = Left::of(Rendered::of(goal), &self.families);
+        let outcome = self.converge(&mut left, self.last.as_ref(), &mut applied);
+        applied.degraded = left.refusals.degraded();
+        self.last = Some(left);
+        outcome.map(|()| applied)
+    }
+
+    fn verify(&mut self) -> Result<Applied, BackendError> {
+        let mut applied = Applied::default();
+        let Some(before) = self.last.take() else { return Ok(applied) };
+        let mut left = before.clone();
+        let outcome = self.converge(&mut left, Some(&before), &mut applied);
+        applied.degraded = left.refusals.degraded();
+        self.last = Some(left);
+        outcome.map(|()| applied)
+    }
+
+    fn decide(&mut self, flow: &Flow) -> Result<Decision, BackendError> {
+        let sets = readback::sets(&self.tools)?;
+        let family = Family::of(flow.source);
+        if !self.families.contains(&family) {
+            return Ok(Decision::Allow);
+        }
+        let state = self.read_family(family, &sets)?;
+        interpret::decide(&state, &state, flow).map_err(|error| BackendError::Unreadable {
+            program: self.variant.save(family),
+            detail: error.to_string(),
+        })
+    }
+
+    fn remove(&mut self) -> Result<Removed, BackendError> {
+        self.last = None;
+        remove::everything(&self.tools, self.lock_wait)
+    }
+}

@@ -135,7 +135,8 @@ pub fn forward_edit(forward: &[Line], placement: Placement) -> Option<ForwardEdi
     let insert_at = match placement {
         Placement::First => 0,
         Placement::AfterServices => {
-            let services = |line: &Line| line.callees().iter().any(|callee| **callee == *layout::KUBE_SERVICES);
+            let services =
+                |line: &Line| line.callees().iter().any(|callee| **callee == *layout::KUBE_SERVICES);
             others.iter().position(|(_, line)| services(line)).map_or(0, |position| position + 1)
         }
     };
@@ -248,11 +249,13 @@ impl<'a> Planner<'a> {
             return true;
         }
         let nets = |member: &Member| matches!(member, Member::Include(_) | Member::Except(_));
-        if self.changes.keys().any(|set| uses.is_local(set)) || changes().any(|change| change.members().any(nets)) {
+        if self.changes.keys().any(|set| uses.is_local(set))
+            || changes().any(|change| change.members().any(nets))
+        {
             return false;
         }
-        let monotone =
-            changes().all(|change| change.adds.is_empty()) || changes().all(|change| change.deletes.is_empty());
+        let monotone = changes().all(|change| change.adds.is_empty())
+            || changes().all(|change| change.deletes.is_empty());
         let kinds: BTreeSet<&SetKind> = self.changes.keys().map(|set| &self.desired.sets[set].kind).collect();
         let addresses: BTreeSet<IpAddr> =
             changes().flat_map(Change::members).filter_map(member_address).collect();
@@ -267,7 +270,8 @@ impl<'a> Planner<'a> {
     fn in_place(&self) -> Vec<Step> {
         let mut first = self.fill_free();
         first.extend(self.changes.iter().flat_map(|(set, change)| change.adds(set)));
-        let mut last: Vec<SetOp> = self.changes.iter().flat_map(|(set, change)| change.deletes(set)).collect();
+        let mut last: Vec<SetOp> =
+            self.changes.iter().flat_map(|(set, change)| change.deletes(set)).collect();
         last.extend(self.destroy_unused([]));
         vec![Step::Sets(first), Step::Sets(last)]
     }
@@ -409,13 +413,11 @@ fn substitute(chains: &BTreeMap<Name, Chain>, fresh: &BTreeMap<Name, Name>) -> B
             Line::Rule(rule)
         }
     };
-    let concerned = |chain: &Chain| chain.iter().any(|line| line.sets().iter().any(|set| fresh.contains_key(set)));
+    let concerned =
+        |chain: &Chain| chain.iter().any(|line| line.sets().iter().any(|set| fresh.contains_key(set)));
     let map = chains.iter().map(|(name, chain)| {
-        let chain = if concerned(chain) {
-            Arc::new(chain.iter().map(replace).collect())
-        } else {
-            Arc::clone(chain)
-        };
+        let chain =
+            if concerned(chain) { Arc::new(chain.iter().map(replace).collect()) } else { Arc::clone(chain) };
         (Arc::clone(name), chain)
     });
     map.collect()

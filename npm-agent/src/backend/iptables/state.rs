@@ -258,7 +258,13 @@ impl Set {
 impl State {
     /// No sets, no chains, an empty `FORWARD`.
     pub fn empty(family: Family) -> Self {
-        Self { family, sets: BTreeMap::new(), chains: BTreeMap::new(), forward: Vec::new(), claimed: BTreeSet::new() }
+        Self {
+            family,
+            sets: BTreeMap::new(),
+            chains: BTreeMap::new(),
+            forward: Vec::new(),
+            claimed: BTreeSet::new(),
+        }
     }
 
     /// The sets that rules name, each once.

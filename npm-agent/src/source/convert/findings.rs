@@ -46,6 +46,11 @@ impl Findings {
         self.told.is_empty()
     }
 
+    /// How many things are wrong.
+    pub(super) fn count(&self) -> usize {
+        self.told.len() + self.more
+    }
+
     /// The first two fields of the paths at which something is wrong, as `spec.egress`.
     pub(super) fn areas(&self) -> impl Iterator<Item = &str> {
         self.areas.iter().map(String::as_str)

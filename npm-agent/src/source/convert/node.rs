@@ -24,7 +24,7 @@ pub enum Node {
 /// What becomes of entries that have one key and different values.
 #[derive(Clone, Copy)]
 pub(super) enum Duplicates {
-    /// They are taken out: nobody knows what was meant.
+    /// They are taken out, and an item of a list with them: nobody knows what was meant.
     TakenOut,
     /// The last one counts, as with most parsers.
     LastCounts,
@@ -68,16 +68,17 @@ impl Node {
 
     /// The plain value. Notes each key that has several entries.
     pub(super) fn into_value(self, duplicates: Duplicates, findings: &mut Findings) -> Value {
-        self.at("", duplicates, findings)
+        self.at("", duplicates, findings).unwrap_or(Value::Null)
     }
 
-    fn at(self, path: &str, duplicates: Duplicates, findings: &mut Findings) -> Value {
+    fn at(self, path: &str, duplicates: Duplicates, findings: &mut Findings) -> Option<Value> {
         match self {
-            Self::Leaf(value) => value,
+            Self::Leaf(value) => Some(value),
             Self::List(items) => {
                 let items = items.into_iter().enumerate();
-                let items = items.map(|(i, item)| item.at(&format!("{path}[{i}]"), duplicates, findings));
-                Value::Array(items.collect())
+                let items =
+                    items.filter_map(|(i, item)| item.at(&format!("{path}[{i}]"), duplicates, findings));
+                Some(Value::Array(items.collect()))
             }
             Self::Map(entries) => {
                 let mut map = Map::new();
@@ -85,7 +86,7 @@ impl Node {
                 let dot = if path.is_empty() { "" } else { "." };
                 for (key, node) in entries {
                     let path = format!("{path}{dot}{}", brief(&key));
-                    let value = node.at(&path, duplicates, findings);
+                    let Some(value) = node.at(&path, duplicates, findings) else { continue };
                     if let Some(other) = map.get(&key) {
                         findings.note(&path, "given twice");
                         if *other != value {
@@ -95,10 +96,11 @@ impl Node {
                     map.insert(key, value);
                 }
                 match duplicates {
+                    Duplicates::TakenOut if !open.is_empty() && path.ends_with(']') => return None,
                     Duplicates::TakenOut => open.iter().for_each(|key| drop(map.remove(key))),
                     Duplicates::LastCounts => {}
                 }
-                Value::Object(map)
+                Some(Value::Object(map))
             }
         }
     }
@@ -209,7 +211,7 @@ mod tests {
             let expected = ["a.b: given twice; x", "a.c: given twice; x", "d[0].e: given twice; x"];
             assert_eq!(told.collect::<Vec<_>>(), expected);
         };
-        check(Duplicates::TakenOut, json!({"a": {"c": 3}, "d": [{}]}));
+        check(Duplicates::TakenOut, json!({"a": {"c": 3}, "d": []}));
         check(Duplicates::LastCounts, json!({"a": {"b": 2, "c": 3}, "d": [{"e": true}]}));
     }
 }

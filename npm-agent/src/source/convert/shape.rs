@@ -22,6 +22,8 @@ pub(super) enum Shape {
     Time,
     /// Anything, because it decides nothing.
     Any,
+    /// Of this shape in every part, or nothing of it: what is left of it could mean more or less.
+    Whole(&'static Shape),
     /// A list.
     List(&'static Shape),
     /// A map from strings.
@@ -92,11 +94,11 @@ const SELECTOR: Shape = Shape::Closed(&[
     ("matchLabels", LABELS),
     (
         "matchExpressions",
-        Shape::List(&Shape::Closed(&[
+        Shape::List(&Shape::Whole(&Shape::Closed(&[
             ("key", Shape::Text),
             ("operator", Shape::Text),
             ("values", Shape::List(&Shape::Text)),
-        ])),
+        ]))),
     ),
 ]);
 
@@ -138,6 +140,11 @@ pub(super) fn fit(value: Value, shape: &Shape, findings: &mut Findings) -> Value
 fn fit_at(value: Value, shape: &Shape, path: &str, findings: &mut Findings) -> Option<Value> {
     let expected = match (shape, value) {
         (Shape::Any, value) => return Some(value),
+        (Shape::Whole(inner), value) => {
+            let before = findings.count();
+            let fitted = fit_at(value, inner, path, findings);
+            return fitted.filter(|_| findings.count() == before);
+        }
         (Shape::Text | Shape::IntOrText, value @ Value::String(_))
         | (Shape::Bool, value @ Value::Bool(_)) => {
             return Some(value);
@@ -216,6 +223,7 @@ fn expectation(shape: &Shape) -> &'static str {
         Shape::IntOrText => "an integer of 32 bits or a string",
         Shape::Time => "a time as 2006-01-02T15:04:05Z",
         Shape::Any => "anything",
+        Shape::Whole(inner) => expectation(inner),
         Shape::List(_) => "a list",
         Shape::Map(_) | Shape::Closed(_) | Shape::Open(_) => "a map",
     }

@@ -36,11 +36,13 @@ impl OneAddress<'_, '_> {
     /// The steps, if one address comes or leaves and all else stays.
     pub(super) fn plan(planner: &Planner<'_>) -> Option<Vec<Step>> {
         let changes = || planner.changes.values();
-        let way = match (changes().any(|change| !change.adds.is_empty()), changes().any(|c| !c.deletes.is_empty())) {
-            (true, false) => Way::Comes,
-            (false, true) => Way::Leaves,
-            (true, true) | (false, false) => return None,
-        };
+        let way =
+            match (changes().any(|change| !change.adds.is_empty()), changes().any(|c| !c.deletes.is_empty()))
+            {
+                (true, false) => Way::Comes,
+                (false, true) => Way::Leaves,
+                (true, true) | (false, false) => return None,
+            };
         let addresses: BTreeSet<Option<IpAddr>> =
             changes().flat_map(Change::members).map(member_address).collect();
         let Some(&Some(address)) = addresses.first().filter(|_| addresses.len() == 1) else { return None };
@@ -64,7 +66,8 @@ impl OneAddress<'_, '_> {
             Some(other) => chain == other,
         });
         // With an entry that leads nowhere there is nobody else.
-        let entry_grows = empty(layout::ENTRY) != more.chains.get(layout::ENTRY).is_none_or(|chain| chain.is_empty());
+        let entry_grows =
+            empty(layout::ENTRY) != more.chains.get(layout::ENTRY).is_none_or(|chain| chain.is_empty());
         if entry_grows && !(empty(layout::INGRESS) && empty(layout::EGRESS)) {
             return false;
         }
@@ -97,7 +100,8 @@ impl OneAddress<'_, '_> {
             Way::Leaves => (peers, own),
         };
         let rules = planner.transaction(&planner.actual.chains, &planner.desired.chains);
-        let isolation_is_one_write = local.values().map(|change| change.members().count()).sum::<usize>() == 1;
+        let isolation_is_one_write =
+            local.values().map(|change| change.members().count()).sum::<usize>() == 1;
         let only_self = rules.chains.keys().all(|name| &**name == layout::DENIED);
         if local.is_empty() || !(isolation_is_one_write && only_self) {
             let local: BTreeSet<Name> = local.into_keys().collect();

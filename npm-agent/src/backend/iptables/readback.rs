@@ -1,0 +1,67 @@
+//! What is in the kernel: our sets and chains, read through `ipset save` and `iptables-save`.
+
+use std::collections::BTreeMap;
+
+use npm_policy::goal::Family;
+
+use super::BackendError;
+use super::state::{Name, Set, State};
+use super::text::{self, Unreadable};
+use super::variant::Variant;
+use crate::exec::Tools;
+
+/// Our sets of each family.
+pub type Sets = BTreeMap<Family, BTreeMap<Name, Set>>;
+
+/// Reads our sets.
+///
+/// # Errors
+/// `ipset` could not be run, or printed what it is not known to print.
+pub fn sets(tools: &Tools) -> Result<Sets, BackendError> {
+    let saved = tools.run("ipset", &["save"], "")?;
+    text::parse_sets(&saved).map_err(|error| unreadable("ipset save", &error))
+}
+
+/// Reads one family's state in one variant.
+///
+/// # Errors
+/// The tool could not be run, or printed what it is not known to print.
+pub fn state(tools: &Tools, variant: Variant, family: Family, sets: &Sets) -> Result<State, BackendError> {
+    let program = variant.save(family);
+    let saved = tools.run(&program, &["-t", "filter"], "")?;
+    let filter = text::parse_filter(family, &saved).map_err(|error| unreadable(&program, &error))?;
+    Ok(State {
+        family,
+        sets: sets.get(&family).cloned().unwrap_or_default(),
+        chains: filter.chains,
+        forward: filter.forward,
+        claimed: filter.claimed,
+    })
+}
+
+/// Reads what a variant that the node does not use holds of ours. A variant that is not installed holds nothing.
+///
+/// # Errors
+/// As [`state`].
+pub fn leftovers(
+    tools: &Tools,
+    variant: Variant,
+    family: Family,
+    sets: &Sets,
+) -> Result<Option<State>, BackendError> {
+    if !variant.has_table(family, "filter") {
+        return Ok(None);
+    }
+    match state(tools, variant, family, sets) {
+        Ok(state) => {
+            let rules = State { sets: BTreeMap::new(), ..state };
+            Ok((!rules.is_clear()).then_some(rules))
+        }
+        Err(BackendError::Spawn { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn unreadable(program: &str, error: &Unreadable) -> BackendError {
+    BackendError::Unreadable { program: program.to_owned(), detail: error.to_string() }
+}

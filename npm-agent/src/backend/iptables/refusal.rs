@@ -1,0 +1,102 @@
+//! Rules that the kernel does not take (a match whose module is missing): the policy is enforced without them, which
+//! allows less than it says, and all other policies are enforced whole.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use npm_policy::goal::Family;
+use npm_policy::model::PolicyKey;
+
+use super::super::Degraded;
+use super::state::{Line, Name, Rule, State, Target};
+use super::text;
+
+/// What was left out, and of which policies.
+#[derive(Clone, Debug)]
+pub(super) struct Refusals {
+    owners: BTreeMap<Name, BTreeSet<PolicyKey>>,
+    degraded: BTreeMap<PolicyKey, BTreeSet<String>>,
+}
+
+impl Refusals {
+    pub(super) fn new(owners: BTreeMap<Name, BTreeSet<PolicyKey>>) -> Self {
+        Self { owners, degraded: BTreeMap::new() }
+    }
+
+    /// The policies that allow less than they say.
+    pub(super) fn degraded(&self) -> Vec<Degraded> {
+        let line = |(policy, reasons): (&PolicyKey, &BTreeSet<String>)| Degraded {
+            policy: policy.clone(),
+            reason: reasons.iter().map(String::as_str).collect::<Vec<_>>().join("; "),
+        };
+        self.degraded.iter().map(line).collect()
+    }
+
+    /// Takes out of `desired` what the kernel has refused: the rule that the refusal points at; else every allow rule
+    /// whose like `probe` finds refused. Gives whether anything was taken out.
+    pub(super) fn learn(
+        &mut self,
+        family: Family,
+        desired: &mut State,
+        refused: Option<(Name, usize)>,
+        stderr: &str,
+        probe: impl Fn(&Line) -> bool,
+    ) -> bool {
+        if let Some((chain, index)) = refused
+            && let Some(line) = desired.chains.get(&chain).and_then(|chain| chain.get(index)).cloned()
+            && self.is_allow(&chain, &line)
+        {
+            let reason = stderr.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
+            self.leave_out(family, desired, &chain, &line, reason);
+            return true;
+        }
+        // The legacy tools name the line of COMMIT only: ask for each kind of port match there is.
+        let mut kinds: BTreeMap<Rule, Vec<(Name, Line)>> = BTreeMap::new();
+        for (name, chain) in &desired.chains {
+            for line in chain.iter().filter(|line| self.is_allow(name, line)) {
+                if let Line::Rule(rule @ Rule { protocol: Some(_), ports: Some(_), .. }) = line {
+                    let like =
+                        Rule { protocol: rule.protocol, ports: Some((1, 2)), ..Rule::new(Target::Return) };
+                    kinds.entry(like).or_default().push((Arc::clone(name), line.clone()));
+                }
+            }
+        }
+        let mut learnt = false;
+        for (like, lines) in kinds {
+            if probe(&Line::Rule(like.clone())) {
+                continue;
+            }
+            let reason = format!("the kernel does not take {}", text::rule_text(&like));
+            for (chain, line) in lines {
+                self.leave_out(family, desired, &chain, &line, &reason);
+                learnt = true;
+            }
+        }
+        learnt
+    }
+
+    /// Whether leaving the rule out allows less: it allows, in a chain of a policy or of a list of ports.
+    fn is_allow(&self, chain: &Name, line: &Line) -> bool {
+        let target = match line {
+            Line::Rule(rule) => &rule.target,
+            Line::Unreadable(_) => return false,
+        };
+        self.owners.contains_key(chain)
+            && match target {
+                Target::Goto(_) | Target::Jump(_) => true,
+                Target::Accept | Target::Drop | Target::Return | Target::SetMark(_) => false,
+            }
+    }
+
+    fn leave_out(&mut self, family: Family, desired: &mut State, chain: &Name, line: &Line, reason: &str) {
+        let Some(rules) = desired.chains.get_mut(chain) else { return };
+        Arc::make_mut(rules).retain(|rule| rule != line);
+        for policy in self.owners.get(chain).into_iter().flatten() {
+            let reason = format!("{family:?}: {}: {reason}", text::line_text(line));
+            self.degraded.entry(policy.clone()).or_default().insert(reason);
+        }
+        // Sets that only this rule named are no longer to be there.
+        let referenced = desired.referenced_sets();
+        desired.sets.retain(|name, _| referenced.contains(name));
+    }
+}
