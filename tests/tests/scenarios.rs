@@ -148,6 +148,18 @@ fn scenarios_rendered() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn scenarios_by_the_backend() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let scenarios = load("scenarios")?;
+    for dialect in Dialect::BOTH {
+        check(&scenarios, Means::Backend, dialect);
+    }
+    Ok(())
+}
+
 /// Malformed objects and the like are in there too: what they are taken for is the converter's, so a lab shows it.
 #[test]
 fn cases_rendered() -> Result<()> {
