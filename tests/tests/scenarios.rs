@@ -1,36 +1,41 @@
 //! Every scenario, and every hand-written case, as real packets: observed = oracle.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::net::{IpAddr, TcpStream};
 use std::sync::Mutex;
+use std::time::Duration;
 
 use anyhow::Result;
-use npm_tests::lab::require_root;
+use npm_policy::flow::Transport;
+use npm_policy::model::Protocol;
+use npm_policy::world::World;
+use npm_tests::lab::probe::{Outcome, Probe};
 use npm_tests::lab::service::Dialect;
-use npm_tests::scenario::enforcer::Means;
+use npm_tests::lab::{Lab, require_root};
+use npm_tests::scenario::cluster::{Cluster, spec};
+use npm_tests::scenario::enforcer::{Enforcer, Means, Site};
 use npm_tests::scenario::runner::{Report, Runner};
 use npm_tests::scenario::{Scenario, load};
 
 /// Labs at a time: most of a scenario is waiting for packets that must not come.
 const LABS: usize = 6;
+/// How many scenarios one lab plays at most.
+const PART: usize = 8;
 
 /// Plays all scenarios, those with one lab one after the other.
 fn play_all(scenarios: &[Scenario], means: Means, dialect: Dialect) -> Vec<(String, Result<Report>)> {
-    let mut groups: BTreeMap<String, Vec<&Scenario>> = BTreeMap::new();
+    let mut labs: BTreeMap<String, Vec<&Scenario>> = BTreeMap::new();
     for scenario in scenarios {
         let lab = match &scenario.cluster {
             Some(cluster) => format!("{cluster} {:?} {:?}", scenario.layout, scenario.external),
             None => scenario.name.clone(),
         };
-        // Halves of a big group may run side by side.
-        let groups_of_lab = groups.keys().filter(|key| key.starts_with(&lab)).count();
-        let part = format!("{lab} {}", groups_of_lab.saturating_sub(1));
-        let group = groups.entry(part).or_default();
-        match group.len() {
-            0..12 => group.push(scenario),
-            _ => groups.entry(format!("{lab} {groups_of_lab}")).or_default().push(scenario),
-        }
+        labs.entry(lab).or_default().push(scenario);
     }
-    let left = Mutex::new(groups.into_values().collect::<Vec<_>>());
+    // Parts of a long list have a lab each, side by side.
+    let parts = labs.values().flat_map(|list| list.chunks(PART));
+    let left = Mutex::new(parts.collect::<Vec<_>>());
     let reports = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         for _ in 0..LABS {
@@ -68,6 +73,70 @@ fn check(scenarios: &[Scenario], means: Means, dialect: Dialect) {
 }
 
 #[test]
+fn where_nobody_enforces_every_denial_is_missed() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let scenarios = load("scenarios")?;
+    let names =
+        ["deny-both", "both-ends-on-two-nodes", "service-ingress", "bridged-discovery", "address-reused"];
+    for scenario in scenarios.iter().filter(|scenario| names.contains(&scenario.name.as_str())) {
+        let report = Runner::new(Means::Nothing, Dialect::Nft).play(scenario)?;
+        assert!(report.denied > 0, "{} denies nothing", scenario.name);
+        assert_eq!(report.differences.len(), report.denied, "{}: {:?}", scenario.name, report.differences);
+    }
+    Ok(())
+}
+
+/// Semantics 25, our choice: a connection that was allowed lives on when a policy comes that denies new ones.
+#[test]
+fn established_connections_live_on() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let scenarios = load("scenarios")?;
+    let scenario = scenarios.iter().find(|scenario| scenario.name == "deny-both").unwrap();
+    let cluster = &Cluster::stages(scenario)?[0];
+    let world = cluster.world()?;
+    for dialect in Dialect::BOTH {
+        let mut lab = Lab::build(&spec(scenario, &[world.clone()])?)?;
+        let directory = tempfile::tempdir()?;
+        let site =
+            Site { netns: &lab.endpoints()[0].netns, node: "node-a", dialect, directory: directory.path() };
+        let mut enforcer = Enforcer::start(Means::Rendering, &site)?;
+        enforcer.enforce(&World::default())?;
+        let port = Transport::Port(Protocol::Tcp, 80);
+        lab.listen(&[port])?;
+        for destination in ["10.241.0.2", "fd00:241::2"] {
+            let destination: IpAddr = destination.parse()?;
+            let from =
+                lab.endpoints().iter().position(|it| it.addresses.contains(&"10.241.0.18".parse().unwrap()));
+            let from = from.unwrap();
+            let mut connection =
+                lab.endpoints()[from].netns.run(|| Ok(TcpStream::connect((destination, 80))?))?;
+            connection.set_read_timeout(Some(Duration::from_secs(3)))?;
+            let mut echo = |word: &[u8; 4]| -> Result<()> {
+                let mut answer = [0; 4];
+                connection.write_all(word)?;
+                connection.read_exact(&mut answer)?;
+                assert_eq!(answer, *word);
+                Ok(())
+            };
+            echo(b"open")?;
+            enforcer.enforce(&world)?;
+            let source =
+                lab.endpoints()[from].addresses.iter().find(|it| it.is_ipv4() == destination.is_ipv4());
+            let source = *source.unwrap();
+            let probe = Probe { from, source, destination, transport: port, expected: None };
+            assert_eq!(lab.probe(&[probe])?, [Outcome::Blocked]);
+            echo(b"shut")?;
+            enforcer.enforce(&World::default())?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn scenarios_rendered() -> Result<()> {
     if !require_root() {
         return Ok(());
@@ -75,6 +144,18 @@ fn scenarios_rendered() -> Result<()> {
     let scenarios = load("scenarios")?;
     for dialect in Dialect::BOTH {
         check(&scenarios, Means::Rendering, dialect);
+    }
+    Ok(())
+}
+
+#[test]
+fn scenarios_by_the_backend() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let scenarios = load("scenarios")?;
+    for dialect in Dialect::BOTH {
+        check(&scenarios, Means::Backend, dialect);
     }
     Ok(())
 }
@@ -88,6 +169,19 @@ fn cases_rendered() -> Result<()> {
     let cases = load("cases")?;
     for dialect in Dialect::BOTH {
         check(&cases, Means::Rendering, dialect);
+    }
+    Ok(())
+}
+
+/// Through the running agent: each scenario's changes are written to its directory of manifests.
+#[test]
+fn scenarios_by_the_agent() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let scenarios = load("scenarios")?;
+    for dialect in Dialect::BOTH {
+        check(&scenarios, Means::Agent, dialect);
     }
     Ok(())
 }

@@ -103,8 +103,8 @@ impl Agent {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        let socket = socket.to_string_lossy();
-        let args = ["status", "--wait", "--socket", &*socket];
+        let (socket, patience) = (socket.to_string_lossy(), format!("{}s", SETTLED.as_secs()));
+        let args = ["status", "--wait", "--timeout", &patience, "--socket", &*socket];
         exec::run(&program.to_string_lossy(), &args).map(drop).with_context(|| self.log())
     }
 

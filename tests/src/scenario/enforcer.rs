@@ -2,8 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use npm_agent::backend::iptables::render::Rendered;
+use npm_agent::backend::iptables::variant::Variant;
+use npm_agent::backend::iptables::{Iptables, Options};
+use npm_agent::backend::{Applied, Backend};
 use npm_policy::compile::compile;
 use npm_policy::goal::Family;
 use npm_policy::world::World;
@@ -12,11 +15,15 @@ use crate::lab::agent::{Agent, Settings};
 use crate::lab::netns::Netns;
 use crate::lab::service::Dialect;
 
-/// Which of the two, and where the agent's program finds its manifests.
+/// Who enforces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Means {
+    /// Nobody: what a scenario denies must then show as a difference, or the comparison proves nothing.
+    Nothing,
     /// Compiled and rendered in this process; `ipset restore` and `iptables-restore` do the rest.
     Rendering,
+    /// The iptables backend in this process, from one state to the next as the agent would.
+    Backend,
     /// The agent's program.
     Agent,
 }
@@ -24,6 +31,8 @@ pub enum Means {
 /// Enforces on one node.
 #[derive(Debug)]
 pub enum Enforcer {
+    /// See [`Means::Nothing`].
+    Nothing,
     /// See [`Means::Rendering`].
     Rendering {
         /// The node's namespace.
@@ -32,6 +41,15 @@ pub enum Enforcer {
         node: String,
         /// Which iptables.
         dialect: Dialect,
+    },
+    /// See [`Means::Backend`].
+    Backend {
+        /// The node's namespace.
+        netns: Netns,
+        /// The node's name.
+        node: String,
+        /// The backend.
+        backend: Box<Iptables>,
     },
     /// See [`Means::Agent`].
     Agent(Box<Agent>),
@@ -58,7 +76,17 @@ impl Enforcer {
     pub fn start(means: Means, site: &Site<'_>) -> Result<Self> {
         let Site { netns, node, dialect, directory } = *site;
         match means {
+            Means::Nothing => Ok(Self::Nothing),
             Means::Rendering => Ok(Self::Rendering { netns: netns.clone(), node: node.to_owned(), dialect }),
+            Means::Backend => {
+                let variant = match dialect {
+                    Dialect::Nft => Variant::Nft,
+                    Dialect::Legacy => Variant::Legacy,
+                };
+                let options = Options { variant: Some(variant), ..Options::default() };
+                let backend = netns.run(|| Ok(Box::new(Iptables::new(options)?)))?;
+                Ok(Self::Backend { netns: netns.clone(), node: node.to_owned(), backend })
+            }
             Means::Agent => {
                 let own: PathBuf = directory.join(netns.name());
                 std::fs::create_dir_all(&own).with_context(|| format!("making {}", own.display()))?;
@@ -82,6 +110,7 @@ impl Enforcer {
     /// It can't be done, or takes too long.
     pub fn enforce(&mut self, world: &World) -> Result<()> {
         match self {
+            Self::Nothing => Ok(()),
             Self::Rendering { netns, node, dialect } => {
                 let rendered = Rendered::of(&compile(world, node).0);
                 // Rules let go of sets before the sets go; nobody asks for more here than the end.
@@ -90,6 +119,20 @@ impl Enforcer {
                 netns.exec_with_input("ipset", &["restore"], &rendered.sets_text())?;
                 restore(netns, *dialect, &|family| rendered.filter_text(family))
             }
+            Self::Backend { netns, node, backend } => {
+                let goal = compile(world, node).0;
+                netns.run(|| {
+                    let applied = backend.apply(&goal)?;
+                    if !applied.degraded.is_empty() {
+                        bail!("the kernel would not take all: {:?}", applied.degraded);
+                    }
+                    let left = backend.verify()?;
+                    if left != Applied::default() {
+                        bail!("what was applied was not all there: {left:?}");
+                    }
+                    Ok(())
+                })
+            }
             Self::Agent(agent) => agent.wait(),
         }
     }
@@ -97,7 +140,7 @@ impl Enforcer {
     /// What it has said, for people.
     pub fn log(&self) -> String {
         match self {
-            Self::Rendering { .. } => String::new(),
+            Self::Nothing | Self::Rendering { .. } | Self::Backend { .. } => String::new(),
             Self::Agent(agent) => agent.log(),
         }
     }
