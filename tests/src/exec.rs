@@ -9,6 +9,7 @@ use std::io::{ErrorKind, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::SigSet;
 
 /// Runs a program to its end and gives what it printed.
 ///
@@ -51,17 +52,23 @@ pub fn run_with_input<A: AsRef<OsStr>>(program: &str, args: &[A], input: &str) -
     }
 }
 
-/// Starts a program that lives on; both of its outputs go to `log`.
+/// Starts a program that lives on; both of its outputs go to `log`. It gets every signal, also those that the calling
+/// thread has blocked for itself.
 ///
 /// # Errors
 /// It could not be started.
 pub fn start<A: AsRef<OsStr>>(program: &str, args: &[A], log: &File) -> Result<Child> {
-    command(program, args)
+    let mut command = command(program, args);
+    command
         .stdin(Stdio::null())
         .stdout(log.try_clone().context("sharing the log file")?)
-        .stderr(log.try_clone().context("sharing the log file")?)
-        .spawn()
-        .with_context(|| format!("starting {program}"))
+        .stderr(log.try_clone().context("sharing the log file")?);
+    // A child inherits the mask.
+    let blocked = SigSet::thread_get_mask().context("asking for the signal mask")?;
+    SigSet::empty().thread_set_mask().context("unblocking signals")?;
+    let child = command.spawn();
+    blocked.thread_set_mask().context("blocking signals again")?;
+    child.with_context(|| format!("starting {program}"))
 }
 
 /// Starts a program that lives on and takes lines of input, its outputs thrown away.
