@@ -1,3 +1,5 @@
+//! What each form of an object means once converted.
+
 use npm_policy::model::*;
 use serde_json::json;
 
