@@ -10,9 +10,11 @@ use npm_agent::backend::iptables::layout::{self, Placement};
 use npm_agent::backend::iptables::plan::{Other, SetOp, Step, Transaction, plan};
 use npm_agent::backend::iptables::render::Rendered;
 use npm_agent::backend::iptables::state::{Line, Set, SetKind, State};
+use npm_agent::backend::iptables::text;
 use npm_policy::compile::Compiler;
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::{Family, Goal, Member};
+use npm_policy::model::Pod;
 use npm_policy::world::Change;
 use npm_tests::random::{NODES, SplitMix, flows, sequence, world};
 use proptest::prelude::*;
@@ -136,7 +138,7 @@ fn decide(state: &State, flow: &Flow) -> Decision {
 fn probes(compilers: [&Compiler; 2], family: Family, seed: u64) -> Vec<Flow> {
     let mut probes: BTreeSet<Flow> = BTreeSet::new();
     for compiler in compilers {
-        let all = flows(compiler.world(), 200, seed);
+        let all = flows(compiler.world(), 300, seed);
         probes.extend(all.into_iter().filter(|flow| Family::of(flow.source) == family));
     }
     probes.into_iter().collect()
@@ -186,6 +188,19 @@ fn walk(
     prop_assert_eq!(&kernel.forward, forward);
     prop_assert_eq!(plan(kernel, desired, Placement::First, &Other::Absent), vec![], "not settled");
     Ok(())
+}
+
+/// A change that leaves a pod where it is, and every policy as it is.
+fn relabelled(compiler: &Compiler, change: Change) -> Option<Change> {
+    match change {
+        Change::Pod(key, Some(new)) => {
+            let old = compiler.world().pod(&key)?;
+            let pod = Pod { labels: new.labels, ports: new.ports, ..(**old).clone() };
+            Some(Change::Pod(key, Some(pod)))
+        }
+        Change::Namespace(..) | Change::Pod(_, None) => Some(change),
+        Change::Policy(..) => None,
+    }
 }
 
 fn config(cases: u32) -> ProptestConfig {
@@ -243,6 +258,32 @@ proptest! {
         }
     }
 
+    /// Pods and namespaces get other labels and ports, several at once, and pods come and go; the policies stay, so that
+    /// set writes alone could do it, were they safe.
+    #[test]
+    fn memberships_change_together(
+        start in world(),
+        changes in sequence(60..61),
+        at_once in 1usize..7,
+        seed in any::<u64>(),
+    ) {
+        let seen = Seen::default();
+        let mut compiler = compiler(start);
+        let changes: Vec<Change> = changes.into_iter().filter_map(|change| relabelled(&compiler, change)).collect();
+        for changes in changes.chunks(at_once) {
+            let before = compiler.clone();
+            let old = Rendered::of(&before.goal());
+            compiler.apply(changes.to_vec());
+            let new = Rendered::of(&compiler.goal());
+            for family in Family::BOTH {
+                let probes = probes([&before, &compiler], family, seed);
+                let mut kernel = kernel_of(&old, family);
+                walk(&mut kernel, new.family(family), &probes, None, &seen)?;
+                walk(&mut kernel, old.family(family), &probes, None, &seen)?;
+            }
+        }
+    }
+
     /// From nothing, and back to nothing.
     #[test]
     fn from_nothing_and_back(start in world(), seed in any::<u64>()) {
@@ -256,6 +297,89 @@ proptest! {
             let mut kernel = State::empty(family);
             walk(&mut kernel, rendered.family(family), &probes, None, &seen)?;
             walk(&mut kernel, nothing.family(family), &probes, None, &seen)?;
+        }
+    }
+}
+
+/// Azure NPM's own state, as `iptables-save` and `ipset save` print it.
+const AZURE_FILTER: &str = "*filter
+:AZURE-NPM - [0:0]
+:AZURE-NPM-ACCEPT - [0:0]
+:AZURE-NPM-INGRESS - [0:0]
+:AZURE-NPM-INGRESS-3486147191 - [0:0]
+-A FORWARD -j KUBE-SERVICES
+-A FORWARD -m conntrack --ctstate NEW -j AZURE-NPM
+-A FORWARD -j AZURE-NPM
+-A AZURE-NPM -j AZURE-NPM-INGRESS
+-A AZURE-NPM -j AZURE-NPM-ACCEPT
+-A AZURE-NPM-ACCEPT -j ACCEPT
+-A AZURE-NPM-INGRESS -m set --match-set azure-npm-gcmk2hdba149zrugxkm4 dst -j AZURE-NPM-INGRESS-3486147191
+-A AZURE-NPM-INGRESS -m mark --mark 0x400/0x400 -j DROP
+-A AZURE-NPM-INGRESS-3486147191 -m hashlimit --hashlimit-name x -j MARK --set-xmark 0x400/0x400
+COMMIT
+";
+const AZURE_SETS: &str =
+    "create azure-npm-4rdsa7069uaa0csdhoe2 hash:net family inet hashsize 1024 maxelem 65536
+add azure-npm-4rdsa7069uaa0csdhoe2 10.0.0.1
+create azure-npm-gcmk2hdba149zrugxkm4 list:set size 8
+add azure-npm-gcmk2hdba149zrugxkm4 azure-npm-4rdsa7069uaa0csdhoe2
+";
+
+/// Azure NPM's rules and sets stay whole until one transaction puts all of ours, filled, in their place.
+#[test]
+fn a_take_over_is_one_transaction() {
+    for present in [false, true] {
+        for number in 0..5 {
+            let mut changes = npm_tests::random::cluster(2, 20, 2, NODES[0]);
+            changes.truncate(changes.len() - number);
+            let compiler = compiler(changes);
+            let desired = Rendered::of(&compiler.goal()).v4;
+            // One of the sets that we need is there as a list.
+            let clash = desired.sets.keys().next_back().expect("a policy applies");
+            let named = |text: &str| text.replace("azure-npm-gcmk2hdba149zrugxkm4", clash);
+            let filter = text::parse_filter(Family::V4, &named(AZURE_FILTER)).expect("as printed");
+            let sets = text::parse_sets(&named(AZURE_SETS)).expect("as printed");
+            let mut kernel = State {
+                sets: sets[&Family::V4].clone(),
+                chains: filter.chains,
+                forward: filter.forward,
+                ..State::empty(Family::V4)
+            };
+            let held = kernel.referenced_sets();
+            assert!(held.contains(clash));
+            let mut other = Other::Absent;
+            if present {
+                other = Other::Present(held.clone());
+                kernel = State { chains: Default::default(), forward: Vec::new(), ..kernel };
+            }
+            let mut enforcing = false;
+            let mut transactions = 0;
+            for step in plan(&kernel, &desired, Placement::First, &other) {
+                for write_now in writes(vec![step.clone()]) {
+                    let touched = match &write_now {
+                        Write::Rules(_) => None,
+                        Write::Set(
+                            SetOp::Create { set, .. }
+                            | SetOp::Destroy { set }
+                            | SetOp::Add { set, .. }
+                            | SetOp::Delete { set, .. },
+                        ) => Some(set),
+                        Write::Set(SetOp::Swap { one, .. }) => Some(one),
+                    };
+                    assert!(enforcing || touched.is_none_or(|set| !held.contains(set)), "{touched:?}");
+                    transactions += usize::from(touched.is_none());
+                    write(&mut kernel, &write_now).expect("the kernel takes it");
+                    if transactions > 0 {
+                        for flow in flows(compiler.world(), 60, 1) {
+                            assert_eq!(decide(&kernel, &flow), decide(&desired, &flow), "{flow}");
+                        }
+                    }
+                }
+                enforcing |= transactions > 0 && (!present || step == Step::Enforced);
+            }
+            assert!(enforcing);
+            assert_eq!((&kernel.sets, &kernel.chains), (&desired.sets, &desired.chains));
+            assert_eq!(plan(&kernel, &desired, Placement::First, &Other::Absent), vec![]);
         }
     }
 }
