@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::{IpAddr, TcpStream};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -41,17 +41,21 @@ fn play_all(scenarios: &[Scenario], means: Means, dialect: Dialect) -> Vec<(Stri
         for _ in 0..LABS {
             scope.spawn(|| {
                 loop {
-                    let Some(group) = left.lock().unwrap().pop() else { break };
+                    let Some(group) = lock(&left).pop() else { break };
                     let mut runner = Runner::new(means, dialect);
                     for scenario in group {
                         let report = runner.play(scenario);
-                        reports.lock().unwrap().push((scenario.name.clone(), report));
+                        lock(&reports).push((scenario.name.clone(), report));
                     }
                 }
             });
         }
     });
-    reports.into_inner().unwrap()
+    reports.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn check(scenarios: &[Scenario], means: Means, dialect: Dialect) {
@@ -99,7 +103,7 @@ fn established_connections_live_on() -> Result<()> {
     let cluster = &Cluster::stages(scenario)?[0];
     let world = cluster.world()?;
     for dialect in Dialect::BOTH {
-        let mut lab = Lab::build(&spec(scenario, &[world.clone()])?)?;
+        let mut lab = Lab::build(&spec(scenario, std::slice::from_ref(&world))?)?;
         let directory = tempfile::tempdir()?;
         let site =
             Site { netns: &lab.endpoints()[0].netns, node: "node-a", dialect, directory: directory.path() };
