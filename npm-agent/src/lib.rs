@@ -2,5 +2,13 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod cli;
+pub mod config;
 pub mod exec;
+pub mod lock;
+pub mod logging;
+pub mod matrix;
+pub mod reconcile;
+pub mod run;
 pub mod source;
+pub mod status;

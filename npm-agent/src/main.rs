@@ -1,3 +1,6 @@
 //! The npm-agent binary.
 #![forbid(unsafe_code)]
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    npm_agent::cli::main()
+}

@@ -1,5 +1,8 @@
 //! Where the cluster's objects come from: what every source says to the reconcile loop.
 
+pub mod convert;
+pub mod manifests;
+
 use npm_policy::world::Change;
 
 /// What a source tells the reconcile loop, in order, over one channel.

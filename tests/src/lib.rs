@@ -1,4 +1,9 @@
 //! The lab and what the tests share.
 
+pub mod exec;
 pub mod features;
+pub mod kubernetes;
+pub mod lab;
 pub mod random;
+pub mod scenario;
+pub mod table;

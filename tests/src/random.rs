@@ -105,7 +105,7 @@ fn transport(world: &World, destination: IpAddr, numbers: &mut SplitMix) -> Tran
             Transport::Port(port.protocol, port.port)
         }
         _ => {
-            let protocol = [Protocol::Tcp, Protocol::Tcp, Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+            let protocol = [Protocol::Tcp, Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
             Transport::Port(numbers.pick(&protocol), numbers.pick(&PORTS))
         }
     }
@@ -190,7 +190,7 @@ fn pod() -> impl Strategy<Value = Pod> {
 }
 
 fn protocol() -> impl Strategy<Value = Protocol> {
-    prop_oneof![4 => Just(Protocol::Tcp), 1 => Just(Protocol::Udp), 1 => Just(Protocol::Sctp)]
+    prop_oneof![3 => Just(Protocol::Tcp), 1 => Just(Protocol::Udp), 1 => Just(Protocol::Sctp)]
 }
 
 fn named_port() -> impl Strategy<Value = NamedPort> {
@@ -242,11 +242,11 @@ fn rule() -> impl Strategy<Value = Rule> {
 
 fn peer() -> impl Strategy<Value = Peer> {
     let scope = prop_oneof![
-        2 => text(&NAMESPACES).prop_map(NamespaceScope::Named),
+        3 => text(&NAMESPACES).prop_map(NamespaceScope::Named),
         5 => namespace_selector().prop_map(NamespaceScope::Matching),
     ];
     prop_oneof![
-        6 => (scope, selector(1)).prop_map(|(namespaces, pods)| Peer::Pods { namespaces, pods }),
+        9 => (scope, pod_selector()).prop_map(|(namespaces, pods)| Peer::Pods { namespaces, pods }),
         4 => block().prop_map(Peer::Block),
     ]
 }
@@ -256,7 +256,17 @@ fn namespace_selector() -> impl Strategy<Value = Selector> {
         let key = npm_policy::model::NAMESPACE_NAME_LABEL.into();
         Selector::new([Requirement { key, operator: Operator::In(names) }])
     });
-    prop_oneof![3 => selector(1), 2 => by_name]
+    prop_oneof![3 => selector(1), 4 => by_name]
+}
+
+/// One requirement, mostly: none selects everybody and two often nobody.
+fn pod_selector() -> impl Strategy<Value = Selector> {
+    let requirements = prop_oneof![
+        1 => vec(requirement(), 0),
+        5 => vec(requirement(), 1),
+        1 => vec(requirement(), 2),
+    ];
+    requirements.prop_map(Selector::new)
 }
 
 fn selector(most: usize) -> impl Strategy<Value = Selector> {
@@ -267,9 +277,9 @@ fn requirement() -> impl Strategy<Value = Requirement> {
     let values = || btree_set(text(&VALUES), 1..=2);
     let operator = prop_oneof![
         4 => values().prop_map(Operator::In),
-        4 => values().prop_map(Operator::NotIn),
+        5 => values().prop_map(Operator::NotIn),
         2 => Just(Operator::Exists),
-        3 => Just(Operator::DoesNotExist),
+        2 => Just(Operator::DoesNotExist),
     ];
     (text(&KEYS), operator).prop_map(|(key, operator)| Requirement { key, operator })
 }

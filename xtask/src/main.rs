@@ -1,2 +1,28 @@
-//! xtask.
-fn main() {}
+//! The project's own commands, run as `cargo xtask <command>`. Knows nothing of how they do it.
+#![forbid(unsafe_code)]
+
+mod bpf_linker;
+mod bpf_object;
+mod check;
+mod clean_lab;
+mod cli;
+mod demo;
+mod ebpf;
+mod exec;
+mod packages;
+mod rust_src;
+mod sink;
+mod summary;
+mod tree;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match cli::run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

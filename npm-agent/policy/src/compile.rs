@@ -14,7 +14,7 @@ mod incremental;
 mod matching;
 mod program;
 
-use std::collections::BTreeSet;
+use std::borrow::Borrow;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub(crate) use contribution::in_block;
 pub use incremental::Compiler;
 
 use crate::goal::{Goal, Set, SetKey};
-use crate::model::{Pod, PodKey, PolicyKey};
+use crate::model::{PodKey, PolicyKey};
 use crate::world::World;
 use contribution::{View, contribution, fixed_members};
 use matching::selects;
@@ -76,29 +76,25 @@ impl fmt::Display for Warning {
 pub fn compile(world: &World, node: &str) -> (Goal, Vec<Warning>) {
     let mut goal = Goal::default();
     let mut warnings = contested(world);
-    let locals: Vec<(&Arc<Pod>, BTreeSet<IpAddr>)> = world
-        .pods()
-        .filter(|pod| pod.node.as_deref() == Some(node))
-        .map(|pod| (pod, world.addresses_held(pod)))
-        .filter(|(_, held)| !held.is_empty())
-        .collect();
+    let views: Vec<View> = world.pods().map(|pod| View::of(world, node, pod)).collect();
+    let locals: Vec<&View> = views.iter().filter(|view| view.local && !view.held.is_empty()).collect();
     for policy in world.policies() {
         let selected: Vec<_> = locals
             .iter()
-            .filter(|(pod, _)| pod.key.namespace == policy.key.namespace)
-            .filter(|(pod, _)| selects(&policy.subjects, &pod.labels))
+            .filter(|view| view.pod.key.namespace == policy.key.namespace)
+            .filter(|view| selects(&policy.subjects, &view.pod.labels))
             .collect();
         let (program, complaints) = program(policy);
         if selected.is_empty() || !program.isolates() {
             continue;
         }
         warnings.extend(complaints);
-        for (pod, held) in selected {
-            goal.subjects.insert(pod.key.clone(), held.clone());
+        for view in selected {
+            goal.subjects.insert(view.pod.key.clone(), view.held.clone());
         }
         for key in program.sets() {
             if !goal.sets.contains_key(&key) {
-                let set = fill(world, node, &key, world.pods());
+                let set = fill(&key, &views);
                 goal.sets.insert(key, set);
             }
         }
@@ -109,14 +105,13 @@ pub fn compile(world: &World, node: &str) -> (Goal, Vec<Warning>) {
 }
 
 /// The set's members among these pods, and those that no pod contributes.
-fn fill<'a>(world: &World, node: &str, key: &SetKey, pods: impl Iterator<Item = &'a Arc<Pod>>) -> Set {
+fn fill<V: Borrow<View>>(key: &SetKey, pods: impl IntoIterator<Item = V>) -> Set {
     let mut set = Set::default();
     for member in fixed_members(key) {
         set.family_mut(member.family()).insert(member);
     }
-    for pod in pods {
-        let view = View::of(world, node, pod);
-        for member in contribution(key, &view) {
+    for view in pods {
+        for member in contribution(key, view.borrow()) {
             set.family_mut(member.family()).insert(member);
         }
     }

@@ -441,14 +441,15 @@ impl Compiler {
 
     /// [`fill`], over the fewest pods that an index offers.
     fn fill_from_index(&mut self, key: &SetKey) -> Set {
-        let world = &self.world;
+        let view = |pod| View::of(&self.world, &self.node, pod);
         let mut tested = 0;
-        let set = match expression_of(key) {
-            None => fill(world, &self.node, key, world.pods()),
-            Some(expression) => {
-                let pods = likely_pods(world, expression).inspect(|_| tested += 1);
-                fill(world, &self.node, key, pods)
+        let set = match (expression_of(key), key) {
+            (Some(expression), _) => {
+                fill(key, likely_pods(&self.world, expression).inspect(|_| tested += 1).map(view))
             }
+            (None, SetKey::Ports { .. }) => fill(key, self.world.pods().inspect(|_| tested += 1).map(view)),
+            // Nothing in these depends on pods.
+            (None, SetKey::Block(_) | SetKey::Pods(_) | SetKey::Local(_)) => fill::<View>(key, []),
         };
         self.operations += tested;
         set

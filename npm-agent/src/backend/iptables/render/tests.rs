@@ -1,3 +1,5 @@
+//! Rendering a goal, against golden text and rule by rule.
+
 use std::path::PathBuf;
 
 use npm_policy::compile::compile;

@@ -1,0 +1,228 @@
+//! Which of flag, file and default wins; what each key of the file does.
+
+use super::*;
+
+fn file(text: &str) -> Result<File, ConfigError> {
+    File::parse(text, Path::new("npm.json"))
+}
+
+/// The whole message, causes included.
+fn message(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+fn host() -> HostNames {
+    HostNames { environment: Some("from-env\n".into()), kernel: Some("from-kernel\n".into()) }
+}
+
+fn manifests() -> Flags {
+    Flags { manifests: Some("m".into()), ..Flags::default() }
+}
+
+#[test]
+fn nothing_said_gives_the_defaults() {
+    let settings = Settings::resolve(manifests(), File::default(), None, &host()).unwrap();
+    let expected = Settings {
+        backend: BackendKind::Iptables,
+        source: Source::Manifests("m".into()),
+        node: "from-env".into(),
+        instance: "npm-agent".into(),
+        socket: "/run/npm-agent/npm-agent.sock".into(),
+        iptables_variant: IptablesVariant::Auto,
+        placement: ChainPlacement::First,
+        verify_interval: Duration::from_secs(30),
+        log_level: LogLevel::Info,
+        log_format: LogFormat::Auto,
+        file: None,
+        notices: vec![],
+    };
+    assert_eq!(settings, expected);
+}
+
+#[test]
+fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
+    let text = r#"{"Backend": "iptables", "Source": "manifests", "Manifests": "dir", "Node": "n1", "Instance": "i1",
+        "Socket": "s1", "IptablesVariant": "nft", "VerifyInterval": "5s", "LogLevel": "Debug", "LogFormat": "json",
+        "Toggles": {"PlaceAzureChainFirst": true}}"#;
+    let settings = Settings::resolve(Flags::default(), file(text).unwrap(), None, &host()).unwrap();
+    let of_file = Settings {
+        backend: BackendKind::Iptables,
+        source: Source::Manifests("dir".into()),
+        node: "n1".into(),
+        instance: "i1".into(),
+        socket: "s1".into(),
+        iptables_variant: IptablesVariant::Nft,
+        placement: ChainPlacement::First,
+        verify_interval: Duration::from_secs(5),
+        log_level: LogLevel::Debug,
+        log_format: LogFormat::Json,
+        file: None,
+        notices: vec![],
+    };
+    assert_eq!(settings, of_file);
+
+    let flags = Flags {
+        config: None,
+        backend: Some(BackendKind::Iptables),
+        source: Some(SourceKind::Manifests),
+        manifests: Some("flag".into()),
+        node: Some("n2".into()),
+        instance: Some("i2".into()),
+        socket: Some("s2".into()),
+        iptables_variant: Some(IptablesVariant::Legacy),
+        verify_interval: Some(Duration::from_secs(7)),
+        log_level: Some(LogLevel::Trace),
+        log_format: Some(LogFormat::Human),
+    };
+    let settings = Settings::resolve(flags, file(text).unwrap(), None, &host()).unwrap();
+    let of_flags = Settings {
+        source: Source::Manifests("flag".into()),
+        node: "n2".into(),
+        instance: "i2".into(),
+        socket: "s2".into(),
+        iptables_variant: IptablesVariant::Legacy,
+        verify_interval: Duration::from_secs(7),
+        log_level: LogLevel::Trace,
+        log_format: LogFormat::Human,
+        ..of_file
+    };
+    assert_eq!(settings, of_flags);
+}
+
+#[test]
+fn the_socket_follows_the_instance_and_the_node_the_machine() {
+    let flags = Flags { instance: Some("lab".into()), ..manifests() };
+    let no_environment = HostNames { environment: Some(String::new()), ..host() };
+    let settings = Settings::resolve(flags, File::default(), None, &no_environment).unwrap();
+    assert_eq!(settings.socket, Path::new("/run/npm-agent/lab.sock"));
+    assert_eq!(settings.node, "from-kernel");
+
+    let error = Settings::resolve(manifests(), File::default(), None, &HostNames::default()).unwrap_err();
+    assert!(matches!(error, ConfigError::NoNode));
+    let error = Settings::resolve(Flags::default(), File::default(), None, &host()).unwrap_err();
+    assert!(matches!(error, ConfigError::NoManifests));
+}
+
+/// The ConfigMap of Azure NPM's own DaemonSet (`npm/azure-npm.yaml`), all defaults written out.
+const AZURE: &str = r#"{"ResyncPeriodInMinutes": 15, "ListeningPort": 10091, "ListeningAddress": "0.0.0.0",
+    "ApplyMaxBatches": 100, "ApplyIntervalInMilliseconds": 500, "MaxBatchedACLsPerPod": 30,
+    "MaxPendingNetPols": 100, "NetPolInvervalInMilliseconds": 500,
+    "Transport": {"Address": "0.0.0.0", "Port": 10092, "ServicePort": 9002},
+    "Toggles": {"EnablePrometheusMetrics": true, "EnablePprof": true, "EnableHTTPDebugAPI": true,
+        "EnableV2NPM": true, "PlaceAzureChainFirst": false, "ApplyIPSetsOnNeed": false,
+        "ApplyInBackground": true, "NetPolInBackground": true, "EnableNPMLite": false}}"#;
+
+#[test]
+fn azure_npms_own_file_is_taken_and_each_key_without_effect_is_named_once() {
+    let file = file(AZURE).unwrap();
+    assert_eq!(file.placement, Some(ChainPlacement::AfterKubeServices));
+    let mut named: Vec<&str> = file.notices.iter().map(|notice| notice.key.as_str()).collect();
+    named.sort_unstable();
+    assert_eq!(
+        named,
+        [
+            "ApplyIntervalInMilliseconds",
+            "ApplyMaxBatches",
+            "MaxBatchedACLsPerPod",
+            "MaxPendingNetPols",
+            "NetPolInvervalInMilliseconds",
+            "ResyncPeriodInMinutes",
+            "Toggles.ApplyIPSetsOnNeed",
+            "Toggles.ApplyInBackground",
+            "Toggles.EnableNPMLite",
+            "Toggles.EnablePprof",
+            "Toggles.EnableV2NPM",
+            "Toggles.NetPolInBackground",
+            "Toggles.PlaceAzureChainFirst",
+            "Transport.Address",
+            "Transport.Port",
+            "Transport.ServicePort",
+        ]
+    );
+}
+
+#[test]
+fn what_is_not_there_yet_is_named_when_it_is_not_the_default() {
+    for (text, key) in [
+        (r#"{"ListeningPort": 9000}"#, "ListeningPort"),
+        (r#"{"listeningaddress": "::1"}"#, "listeningaddress"),
+        (r#"{"Toggles": {"EnablePrometheusMetrics": false}}"#, "Toggles.EnablePrometheusMetrics"),
+        (r#"{"TOGGLES": {"enablehttpdebugapi": false}}"#, "TOGGLES.enablehttpdebugapi"),
+    ] {
+        let notices = file(text).unwrap().notices;
+        assert_eq!(notices.len(), 1, "{text}");
+        assert_eq!(notices[0].key, key);
+        assert!(notices[0].reason.contains("not used yet"), "{}", notices[0]);
+    }
+}
+
+#[test]
+fn unknown_keys_are_named_and_ignored() {
+    let file = file(r#"{"Nodes": "x", "Toggles": {"Fly": true}, "PlaceAzureChainFirst": true, "Node": "n"}"#)
+        .unwrap();
+    assert_eq!(file.node.as_deref(), Some("n"));
+    assert_eq!(file.placement, None, "the toggle counts under Toggles only, as in Azure NPM");
+    let named: Vec<&str> = file.notices.iter().map(|notice| notice.key.as_str()).collect();
+    assert_eq!(named, ["Nodes", "PlaceAzureChainFirst", "Toggles.Fly"]);
+    assert!(file.notices.iter().all(|notice| notice.reason.contains("does not know")));
+}
+
+#[test]
+fn what_cannot_be_meant_is_an_error_that_names_the_key() {
+    for (text, expected) in [
+        ("", "config file npm.json is not JSON: EOF while parsing a value at line 1 column 0"),
+        ("[]", "config file npm.json: the file must be an object, not an array"),
+        (r#"{"Toggles": true}"#, "config file npm.json: Toggles must be an object, not true"),
+        (
+            r#"{"Toggles": {"PlaceAzureChainFirst": "false"}}"#,
+            r#"config file npm.json: Toggles.PlaceAzureChainFirst must be true or false, not "false""#,
+        ),
+        (r#"{"Node": null}"#, "config file npm.json: Node must be a string, not null"),
+        (r#"{"Node": ""}"#, r#"config file npm.json: Node: "" is no node name"#),
+        (r#"{"LogLevel": 3}"#, "config file npm.json: LogLevel must be a string, not 3"),
+        (
+            r#"{"LogLevel": "loud"}"#,
+            r#"config file npm.json: LogLevel: "loud" is none of info, error, warn, debug, trace"#,
+        ),
+        (
+            r#"{"ListeningPort": 65536}"#,
+            "config file npm.json: ListeningPort must be a whole number from 0 to 65535, not 65536",
+        ),
+        (
+            r#"{"Backend": "eBPF"}"#,
+            "config file npm.json: Backend: the eBPF backend is not in this version of npm-agent; use iptables",
+        ),
+        (r#"{"VerifyInterval": "1ms"}"#, "config file npm.json: VerifyInterval: at least 100ms is needed"),
+        (r#"{"Socket": ""}"#, "config file npm.json: Socket: an empty path"),
+        (
+            r#"{"Node": "a", "node": "b"}"#,
+            "config file npm.json: node is given twice, in different spellings",
+        ),
+    ] {
+        assert_eq!(message(&file(text).unwrap_err()), expected);
+    }
+}
+
+#[test]
+fn a_file_that_is_named_and_not_there_is_an_error() {
+    let flags = Flags { config: Some("/nonexistent/npm.json".into()), ..manifests() };
+    let error = Settings::load(flags, &host()).unwrap_err();
+    assert!(message(&error).starts_with("cannot read config file /nonexistent/npm.json: "), "{error}");
+}
+
+#[test]
+fn every_key_is_known_by_one_name() {
+    for (index, key) in keys::KEYS.iter().enumerate() {
+        assert!(
+            keys::KEYS[..index].iter().all(|other| !other.name.eq_ignore_ascii_case(key.name)),
+            "{} is there twice",
+            key.name
+        );
+    }
+}

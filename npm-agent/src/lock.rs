@@ -1,0 +1,143 @@
+//! A lock file: at most one process holds it, and the kernel lets go of it when the process dies.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::config::RUN_DIRECTORY;
+
+/// A held lock. Dropping it removes the file and lets go.
+#[derive(Debug)]
+pub struct Lock {
+    path: PathBuf,
+    _file: File,
+}
+
+/// Why a lock is not held.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Another process holds it.
+    #[error("{} is locked: another npm-agent runs", path.display())]
+    Held {
+        /// The lock file.
+        path: PathBuf,
+    },
+    /// The file can't be made or locked.
+    #[error("cannot lock {}", path.display())]
+    Io {
+        /// The lock file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Takes the lock of this network namespace: two agents in one would undo each other's rules, whatever their names
+/// and sockets are. Namespaces are told apart by inode (namespaces(7)).
+///
+/// # Errors
+/// See [`LockError`]; nothing is held then.
+pub fn take_network_namespace() -> Result<Lock, LockError> {
+    let namespace = Path::new("/proc/self/ns/net");
+    let inode = std::fs::metadata(namespace)
+        .map_err(|source| LockError::Io { path: namespace.to_owned(), source })?
+        .ino();
+    Lock::take(Path::new(RUN_DIRECTORY).join(format!("netns-{inode}.lock")))
+}
+
+impl Lock {
+    /// Takes the lock without waiting, and makes its directory if it is not there.
+    ///
+    /// # Errors
+    /// See [`LockError`]; nothing is held then.
+    pub fn take(path: impl Into<PathBuf>) -> Result<Self, LockError> {
+        let path = path.into();
+        loop {
+            let attempt = Self::open(&path).and_then(|file| match file.try_lock() {
+                // A holder that ends removes the file before it lets go: what we opened may have no name any more,
+                // and the next process would lock another file of that name.
+                Ok(()) => Ok(Attempt::Locked { named: is_at(&file, &path)?, file }),
+                Err(TryLockError::WouldBlock) => Ok(Attempt::Held),
+                Err(TryLockError::Error(error)) => Err(error),
+            });
+            match attempt {
+                Ok(Attempt::Locked { named: true, file }) => return Ok(Self { path, _file: file }),
+                Ok(Attempt::Locked { named: false, .. }) => {}
+                Ok(Attempt::Held) => return Err(LockError::Held { path }),
+                Err(source) => return Err(LockError::Io { path, source }),
+            }
+        }
+    }
+
+    fn open(path: &Path) -> io::Result<File> {
+        if let Some(directory) = path.parent() {
+            std::fs::create_dir_all(directory)?;
+        }
+        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // A file that stays behind is found, locked and used by the next process: nothing is wrong with it.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// What trying once gave.
+enum Attempt {
+    Locked { named: bool, file: File },
+    Held,
+}
+
+/// Whether `path` names the file that is open.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let open = file.metadata()?;
+    match std::fs::metadata(path) {
+        Ok(named) => Ok((named.dev(), named.ino()) == (open.dev(), open.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_holder_at_a_time_and_a_stale_file_does_not_matter() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("made/for/it.lock");
+        let lock = Lock::take(&path).unwrap();
+        assert!(matches!(Lock::take(&path), Err(LockError::Held { .. })));
+        drop(lock);
+        assert!(!path.exists());
+        std::fs::write(&path, "left behind by a killed process").unwrap();
+        drop(Lock::take(&path).unwrap());
+    }
+
+    #[test]
+    fn never_two_holders_while_many_come_and_go() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("contended.lock");
+        let (holders, taken) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..2_000 {
+                        if let Ok(lock) = Lock::take(&path) {
+                            assert_eq!(holders.fetch_add(1, Ordering::SeqCst), 0);
+                            taken.fetch_add(1, Ordering::SeqCst);
+                            holders.fetch_sub(1, Ordering::SeqCst);
+                            drop(lock);
+                        }
+                    }
+                });
+            }
+        });
+        assert!(taken.load(Ordering::SeqCst) > 0);
+    }
+}

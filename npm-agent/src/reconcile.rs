@@ -1,0 +1,292 @@
+//! The loop between source and backends: drain, compile, publish.
+//!
+//! ```text
+//! source ─ Event ─► Reconcile (owns the Compiler) ─ newest Goal ─► Worker (owns a backend, own thread)
+//!                      ▲                                    Worker ...
+//! status ───── Ask ────┘
+//! ```
+//!
+//! The loop never waits for a backend: it leaves the newest goal with each worker and goes on. Everything that is
+//! queued when it comes back is one batch and at most one new goal, so a single event is programmed at once and a
+//! burst is merged while the kernel is busy with the one before.
+
+pub mod backoff;
+pub mod worker;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::SystemTime;
+
+use npm_policy::compile::{Compiler, Warning};
+use npm_policy::goal::Goal;
+use npm_policy::world::Change;
+use tokio::sync::{mpsc, oneshot};
+use tracing::{debug, info, warn};
+
+use self::worker::{Target, Worker};
+use crate::source::{Event, Problem};
+use crate::status::report::{ObjectProblem, SourceStatus, Status, WorldStatus};
+
+/// How many events are taken in one go; more wait for the next. It bounds how long a question waits for its answer.
+const MAX_BATCH: usize = 1024;
+
+/// Whose state a status is about.
+#[derive(Clone, Debug, Default)]
+pub struct Identity {
+    /// The node.
+    pub node: String,
+    /// The agent's name.
+    pub instance: String,
+    /// How the configuration makes this agent differ from what the API promises.
+    pub known_differences: Vec<String>,
+}
+
+/// A question to the loop.
+#[derive(Debug)]
+pub struct Ask {
+    /// Whether the answer has to include everything that the source can see at the time of the question.
+    pub freshness: Freshness,
+    /// Where the answer goes; nobody may be listening any more.
+    pub reply: oneshot::Sender<Status>,
+}
+
+/// How current an answer has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Freshness {
+    /// The source re-reads everything first.
+    Refreshed,
+    /// As things stand.
+    Now,
+}
+
+/// The ends that the loop holds.
+#[derive(Debug)]
+pub struct Channels {
+    /// From the source.
+    pub events: mpsc::Receiver<Event>,
+    /// Refresh requests to the source, by number.
+    pub refresh: mpsc::Sender<u64>,
+    /// Questions.
+    pub asks: mpsc::Receiver<Ask>,
+}
+
+/// Why the loop ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The source has gone; what is programmed stays so.
+    SourceGone,
+}
+
+/// The loop's state.
+pub struct Reconcile {
+    identity: Identity,
+    started: SystemTime,
+    compiler: Compiler,
+    workers: Vec<Worker>,
+    sync: Sync,
+    problems: BTreeMap<String, Vec<Problem>>,
+    warnings: BTreeSet<Warning>,
+    published: Option<Target>,
+    /// The number of the newest refresh request, and of the newest that the source has been told of.
+    asked: u64,
+    sent: u64,
+    waiting: Vec<(u64, oneshot::Sender<Status>)>,
+}
+
+/// Whether the source has sent everything that was there when it started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sync {
+    Waiting,
+    Done,
+}
+
+impl Reconcile {
+    /// Makes a loop that programs `identity.node` through `workers`.
+    pub fn new(identity: Identity, workers: Vec<Worker>) -> Self {
+        Self {
+            compiler: Compiler::new(identity.node.as_str()),
+            identity,
+            started: SystemTime::now(),
+            workers,
+            sync: Sync::Waiting,
+            problems: BTreeMap::new(),
+            warnings: BTreeSet::new(),
+            published: None,
+            asked: 0,
+            sent: 0,
+            waiting: Vec::new(),
+        }
+    }
+
+    /// Runs the loop on a thread of its own, which lasts until the source has gone or the process ends: compiling a
+    /// large change must not hold up signals and sockets.
+    ///
+    /// # Errors
+    /// The thread could not be started.
+    pub fn start(self, channels: Channels) -> std::io::Result<oneshot::Receiver<Ended>> {
+        let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+        let (ended, outcome) = oneshot::channel();
+        std::thread::Builder::new().name("reconcile".to_owned()).spawn(move || {
+            let reason = runtime.block_on(self.run(channels));
+            if ended.send(reason).is_err() {
+                debug!(?reason, "nobody waits for the end of the loop");
+            }
+        })?;
+        Ok(outcome)
+    }
+
+    /// Runs until the source has gone.
+    pub async fn run(mut self, channels: Channels) -> Ended {
+        let Channels { mut events, refresh, mut asks } = channels;
+        let mut batch = Vec::with_capacity(MAX_BATCH);
+        loop {
+            tokio::select! {
+                count = events.recv_many(&mut batch, MAX_BATCH) => {
+                    if count == 0 {
+                        return Ended::SourceGone;
+                    }
+                    self.take(batch.drain(..));
+                }
+                Some(ask) = asks.recv() => self.answer(ask),
+                // The source takes one request at a time; those that come meanwhile are one request, the newest.
+                permit = refresh.reserve(), if self.sent < self.asked => match permit {
+                    Ok(permit) => {
+                        permit.send(self.asked);
+                        self.sent = self.asked;
+                    }
+                    Err(mpsc::error::SendError(())) => return Ended::SourceGone,
+                },
+            }
+        }
+    }
+
+    /// Takes events that were queued, and publishes the goal that holds after all of them.
+    fn take(&mut self, events: impl Iterator<Item = Event>) {
+        let mut changes: Vec<Change> = Vec::new();
+        let mut refreshed = None;
+        for event in events {
+            match event {
+                Event::Changes(more) => changes.extend(more),
+                Event::Problems { origin, problems } => self.replace_problems(origin, problems),
+                Event::InSync => {
+                    info!("source is in sync");
+                    self.sync = Sync::Done;
+                }
+                Event::Refreshed(number) => refreshed = refreshed.max(Some(number)),
+            }
+        }
+        if !changes.is_empty() {
+            debug!(objects = changes.len(), "changes");
+            self.compiler.apply(changes);
+            self.replace_warnings();
+        }
+        if self.sync == Sync::Done {
+            self.publish();
+        }
+        if let Some(number) = refreshed {
+            let (answered, waiting) = self.waiting.drain(..).partition(|(asked, _)| *asked <= number);
+            self.waiting = waiting;
+            for (_, reply) in answered {
+                self.reply(reply);
+            }
+        }
+    }
+
+    /// Leaves the goal with the workers, if it is another than the one they have.
+    fn publish(&mut self) {
+        let goal = self.compiler.goal();
+        let generation = match &self.published {
+            Some(published) if published.goal == goal => return,
+            Some(published) => published.generation + 1,
+            None => 1,
+        };
+        let Goal { sets, programs, subjects } = &goal;
+        debug!(
+            generation,
+            sets = sets.len(),
+            policies = programs.len(),
+            subjects = subjects.len(),
+            "new goal"
+        );
+        let target = Target { generation, goal };
+        for worker in &self.workers {
+            worker.publish(target.clone());
+        }
+        self.published = Some(target);
+    }
+
+    fn replace_problems(&mut self, origin: String, problems: Vec<Problem>) {
+        let old = self.problems.remove(&origin).unwrap_or_default();
+        for problem in problems.iter().filter(|problem| !old.contains(problem)) {
+            warn!(
+                origin,
+                object = problem.object,
+                problem = problem.message,
+                "object taken strictly or not at all"
+            );
+        }
+        for problem in old.iter().filter(|problem| !problems.contains(problem)) {
+            info!(origin, object = problem.object, "problem is gone");
+        }
+        if !problems.is_empty() {
+            self.problems.insert(origin, problems);
+        }
+    }
+
+    fn replace_warnings(&mut self) {
+        let warnings: BTreeSet<Warning> = self.compiler.warnings().into_iter().collect();
+        for warning in warnings.difference(&self.warnings) {
+            warn!(%warning, "cluster state to look at");
+        }
+        self.warnings = warnings;
+    }
+
+    fn answer(&mut self, ask: Ask) {
+        match ask.freshness {
+            Freshness::Now => self.reply(ask.reply),
+            Freshness::Refreshed => {
+                self.asked += 1;
+                self.waiting.push((self.asked, ask.reply));
+            }
+        }
+    }
+
+    fn reply(&self, reply: oneshot::Sender<Status>) {
+        if reply.send(self.status()).is_err() {
+            debug!("nobody waits for the status any more");
+        }
+    }
+
+    fn status(&self) -> Status {
+        let world = self.compiler.world();
+        let problems = self.problems.iter().flat_map(|(origin, problems)| {
+            problems.iter().map(|Problem { object, message }| ObjectProblem {
+                origin: origin.clone(),
+                object: object.clone(),
+                message: message.clone(),
+            })
+        });
+        let published = self.published.as_ref();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: self.identity.node.clone(),
+            instance: self.identity.instance.clone(),
+            started: self.started,
+            known_differences: self.identity.known_differences.clone(),
+            source: SourceStatus { in_sync: self.sync == Sync::Done, problems: problems.collect() },
+            warnings: self.warnings.iter().map(ToString::to_string).collect(),
+            world: WorldStatus {
+                pods: world.pods().count(),
+                namespaces: world.namespaces().count(),
+                policies: world.policies().count(),
+                local_subjects: published.map_or(0, |published| published.goal.subjects.len()),
+            },
+            generation: published.map_or(0, |published| published.generation),
+            backends: self.workers.iter().map(Worker::progress).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod fake;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,364 @@
+//! A backend with a thread of its own, which holds only the newest goal.
+//!
+//! Applying blocks (it runs programs, it waits for the xtables lock), so each backend does it on its own thread:
+//! a slow or failing one delays neither the others nor the loop. A goal that comes before the one ahead of it was
+//! taken replaces it.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use npm_policy::goal::Goal;
+use tracing::{debug, error, info, warn};
+
+use super::backoff::Backoff;
+use crate::backend::{Applied, Backend, BackendError};
+use crate::status::report::{BackendStatus, DegradedStatus, LastApply, Size};
+
+/// At most this many lines about one drift are logged; the rest is counted.
+const MAX_DRIFT_LINES: usize = 20;
+
+/// A goal and its number; a higher number is newer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The number, from 1.
+    pub generation: u64,
+    /// The goal.
+    pub goal: Goal,
+}
+
+/// When a worker acts of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// From one read-back to the next.
+    pub verify_interval: Duration,
+    /// After failures.
+    pub backoff: Backoff,
+}
+
+/// A handle on a backend's thread. The thread ends on [`Worker::stop`], not when the handles are gone.
+#[derive(Clone)]
+pub struct Worker {
+    shared: Arc<Shared>,
+}
+
+/// What stopping came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stopped {
+    /// The backend was still at work; what it writes is as good as if the process had been killed there.
+    Busy,
+    /// The backend does nothing any more.
+    Idle,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// Notified on every change of the state.
+    changed: Condvar,
+}
+
+struct State {
+    newest: Option<Target>,
+    life: Life,
+    status: BackendStatus,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Life {
+    Running,
+    Stopping,
+    Ended,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No code panics while it holds the lock, and a panic elsewhere ends the process.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Worker {
+    /// Starts a thread for the backend.
+    ///
+    /// # Errors
+    /// The thread could not be started.
+    pub fn start(backend: Box<dyn Backend>, timing: Timing) -> std::io::Result<Self> {
+        let name = backend.name();
+        let status = BackendStatus { name: name.to_owned(), ..BackendStatus::default() };
+        let state = State { newest: None, life: Life::Running, status };
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
+        let thread = Thread {
+            shared: Arc::clone(&shared),
+            backend,
+            name,
+            timing,
+            attempted: 0,
+            applied: 0,
+            failures: 0,
+            ended: Instant::now(),
+            retry_at: Instant::now(),
+            verify_at: Instant::now(),
+        };
+        std::thread::Builder::new().name(name.to_owned()).spawn(move || thread.run())?;
+        Ok(Self { shared })
+    }
+
+    /// Leaves a goal for the backend. It replaces one that was not taken yet.
+    pub fn publish(&self, target: Target) {
+        self.shared.lock().newest = Some(target);
+        self.shared.changed.notify_all();
+    }
+
+    /// What the backend has come to.
+    pub fn progress(&self) -> BackendStatus {
+        self.shared.lock().status.clone()
+    }
+
+    /// Waits until the backend's status is as wanted; `None` after `patience`.
+    pub fn wait(&self, patience: Duration, wanted: impl Fn(&BackendStatus) -> bool) -> Option<BackendStatus> {
+        let (state, timeout) = self
+            .shared
+            .changed
+            .wait_timeout_while(self.shared.lock(), patience, |state| !wanted(&state.status))
+            .unwrap_or_else(PoisonError::into_inner);
+        (!timeout.timed_out()).then(|| state.status.clone())
+    }
+
+    /// Lets the backend finish what it is doing, for `patience`, and do nothing more.
+    pub fn stop(&self, patience: Duration) -> Stopped {
+        let mut state = self.shared.lock();
+        if state.life == Life::Running {
+            state.life = Life::Stopping;
+        }
+        self.shared.changed.notify_all();
+        let (state, _) = self
+            .shared
+            .changed
+            .wait_timeout_while(state, patience, |state| state.life != Life::Ended)
+            .unwrap_or_else(PoisonError::into_inner);
+        if state.life == Life::Ended { Stopped::Idle } else { Stopped::Busy }
+    }
+}
+
+/// What the thread does next.
+enum Step {
+    Apply(Target),
+    Verify,
+    Stop,
+}
+
+/// What the thread has to itself.
+struct Thread {
+    shared: Arc<Shared>,
+    backend: Box<dyn Backend>,
+    name: &'static str,
+    timing: Timing,
+    /// The generation last tried; 0: none.
+    attempted: u64,
+    /// The generation that the kernel has; 0: none of this process.
+    applied: u64,
+    /// Failed attempts in a row.
+    failures: u32,
+    /// When the last attempt ended.
+    ended: Instant,
+    /// When to try again after a failure.
+    retry_at: Instant,
+    /// When to read back.
+    verify_at: Instant,
+}
+
+impl Thread {
+    fn run(mut self) {
+        let _guard = AbortOnPanic { name: self.name };
+        loop {
+            match self.next() {
+                Step::Apply(target) => self.apply(&target),
+                Step::Verify => self.verify(),
+                Step::Stop => break,
+            }
+        }
+        self.shared.lock().life = Life::Ended;
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits for something to do.
+    fn next(&self) -> Step {
+        let mut state = self.shared.lock();
+        loop {
+            if state.life != Life::Running {
+                return Step::Stop;
+            }
+            let Some(newest) = &state.newest else {
+                state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let (at, step) = self.due(newest);
+            let now = Instant::now();
+            if at <= now {
+                return step;
+            }
+            let (woken, _) =
+                self.shared.changed.wait_timeout(state, at - now).unwrap_or_else(PoisonError::into_inner);
+            state = woken;
+        }
+    }
+
+    /// What is to be done when, as long as nothing newer comes.
+    fn due(&self, newest: &Target) -> (Instant, Step) {
+        let outdated = newest.generation != self.applied;
+        if self.failures > 0 {
+            // A newer goal may be without what made the last one fail: it need not wait out a long backoff, but a
+            // stream of them must not hammer a backend that fails.
+            let soonest = self.ended + self.timing.backoff.first;
+            let news = newest.generation != self.attempted;
+            let at = if news { soonest.min(self.retry_at) } else { self.retry_at };
+            return (at, if outdated { Step::Apply(newest.clone()) } else { Step::Verify });
+        }
+        if !outdated {
+            return (self.verify_at, Step::Verify);
+        }
+        // Goals come first, but a stream of them does not put off the read-back for ever.
+        let put_off = self.applied > 0 && self.verify_at + self.timing.verify_interval <= Instant::now();
+        (self.ended, if put_off { Step::Verify } else { Step::Apply(newest.clone()) })
+    }
+
+    fn apply(&mut self, target: &Target) {
+        let Target { generation, goal } = target;
+        self.attempted = *generation;
+        let (at, start) = (SystemTime::now(), Instant::now());
+        let outcome = self.backend.apply(goal);
+        let duration = self.end_attempt(start);
+        let applied = match outcome {
+            Ok(applied) => applied,
+            Err(error) => return self.failed("apply", &error),
+        };
+        let Applied { set_writes, rule_writes, .. } = applied;
+        let duration_ms = millis(duration);
+        if set_writes + rule_writes > 0 || self.applied == 0 {
+            info!(backend = self.name, generation, set_writes, rule_writes, duration_ms, "programmed");
+        } else {
+            debug!(backend = self.name, generation, duration_ms, "already as it should be");
+        }
+        self.applied = *generation;
+        self.succeeded(applied, |status| {
+            status.generation = *generation;
+            status.applies += 1;
+            status.last_apply = Some(LastApply { at, duration_ms, set_writes, rule_writes });
+            status.size = Size::of(goal);
+        });
+    }
+
+    fn verify(&mut self) {
+        let start = Instant::now();
+        let outcome = self.backend.verify();
+        let duration = self.end_attempt(start);
+        match outcome {
+            Ok(applied) => {
+                debug!(backend = self.name, duration_ms = millis(duration), "verified");
+                self.succeeded(applied, |status| {
+                    status.verifies += 1;
+                    status.last_verify = Some(SystemTime::now());
+                });
+            }
+            Err(error) => self.failed("verify", &error),
+        }
+    }
+
+    /// Notes that an attempt has ended; gives how long it took.
+    fn end_attempt(&mut self, start: Instant) -> Duration {
+        self.ended = Instant::now();
+        self.ended - start
+    }
+
+    fn succeeded(&mut self, applied: Applied, update: impl FnOnce(&mut BackendStatus)) {
+        if self.failures > 0 {
+            info!(backend = self.name, failures = self.failures, "works again");
+        }
+        self.failures = 0;
+        // An apply starts from what the kernel holds, but looks only where the goal differs.
+        if self.verify_at <= self.ended {
+            self.verify_at = self.ended + self.timing.verify_interval;
+        }
+        let Applied { set_writes: _, rule_writes: _, drift, degraded } = applied;
+        for line in drift.iter().take(MAX_DRIFT_LINES) {
+            warn!(backend = self.name, drift = line, "repaired what someone else had changed");
+        }
+        if drift.len() > MAX_DRIFT_LINES {
+            let more = drift.len() - MAX_DRIFT_LINES;
+            warn!(backend = self.name, more, "repaired more that someone else had changed");
+        }
+        let degraded: Vec<DegradedStatus> = degraded.into_iter().map(DegradedStatus::from).collect();
+        let mut state = self.shared.lock();
+        let status = &mut state.status;
+        update(status);
+        for new in degraded.iter().filter(|new| !status.degraded.contains(new)) {
+            warn!(
+                backend = self.name,
+                policy = new.policy,
+                reason = new.reason,
+                "policy allows less than it says"
+            );
+        }
+        for old in status.degraded.iter().filter(|old| !degraded.contains(old)) {
+            info!(
+                backend = self.name,
+                policy = old.policy,
+                "policy is not degraded for that reason any more"
+            );
+        }
+        status.degraded = degraded;
+        status.consecutive_failures = 0;
+        status.last_error = None;
+        status.drift_repairs += drift.len() as u64;
+        drop(state);
+        self.shared.changed.notify_all();
+    }
+
+    fn failed(&mut self, what: &'static str, error: &BackendError) {
+        self.failures = self.failures.saturating_add(1);
+        let delay = self.timing.backoff.delay(self.failures);
+        self.retry_at = self.ended + delay;
+        let text = chain(error);
+        error!(
+            backend = self.name,
+            step = what,
+            generation = self.attempted,
+            failures = self.failures,
+            retry_ms = millis(delay),
+            error = text,
+            "the newest goal is not known to be enforced"
+        );
+        let mut state = self.shared.lock();
+        state.status.consecutive_failures = self.failures;
+        state.status.failures += 1;
+        state.status.last_error = Some(format!("{what}: {text}"));
+        drop(state);
+        self.shared.changed.notify_all();
+    }
+}
+
+/// Ends the process when the thread that holds it panics: nobody else would notice that nothing is enforced any
+/// more. [`crate::logging::abort_on_panic`] comes first where it is installed, and says more.
+struct AbortOnPanic {
+    name: &'static str,
+}
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            error!(backend = self.name, "backend panicked, a bug: the process aborts");
+            std::process::abort();
+        }
+    }
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source())
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,156 @@
+//! Which object a document is: kinds, API versions, lists of objects.
+
+use serde_json::Value;
+
+use super::findings::{Findings, brief, quoted};
+use super::node::{Duplicates, Node};
+use super::shape::described;
+use super::{Object, namespace_value, pod_value, policy_value};
+use crate::source::Problem;
+
+/// What a document (one value of a file) gives.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Document {
+    /// The objects in it, in order, and what is wrong with them. The problems of something that could not be
+    /// recognised as an object have an empty [`Problem::object`].
+    pub objects: Vec<Object>,
+    /// How many objects are of kinds that decide nothing.
+    pub ignored: usize,
+}
+
+/// The kinds that decide.
+#[derive(Clone, Copy)]
+enum Kind {
+    Pod,
+    Namespace,
+    NetworkPolicy,
+}
+
+impl Kind {
+    fn of(name: &str) -> Option<Self> {
+        match name {
+            "Pod" => Some(Self::Pod),
+            "Namespace" => Some(Self::Namespace),
+            "NetworkPolicy" => Some(Self::NetworkPolicy),
+            _ => None,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Pod => "Pod",
+            Self::Namespace => "Namespace",
+            Self::NetworkPolicy => "NetworkPolicy",
+        }
+    }
+
+    fn api_version(self) -> &'static str {
+        match self {
+            Self::Pod | Self::Namespace => "v1",
+            Self::NetworkPolicy => "networking.k8s.io/v1",
+        }
+    }
+
+    /// Whether an API version is another API's, which may use the kind's name for something else (Calico's
+    /// `projectcalico.org/v3` has a NetworkPolicy). `extensions` is where ours once was.
+    fn is_foreign(self, api_version: &str) -> bool {
+        match api_version.split_once('/') {
+            Some((group, _)) => {
+                !matches!((self, group), (Self::NetworkPolicy, "networking.k8s.io" | "extensions"))
+            }
+            None => false,
+        }
+    }
+}
+
+/// Converts a document: an object, or a list of objects. Lists may be nested.
+pub fn document(document: Node) -> Document {
+    let mut converted = Document::default();
+    // A stack, not recursion: how deep lists are nested is the input's choice.
+    let mut left = vec![(document, None)];
+    while let Some((mut node, listed_as)) = left.pop() {
+        if node.is_null() && listed_as.is_none() {
+            continue;
+        }
+        let kind = match (node.field("kind").and_then(Node::text), listed_as) {
+            (Some(kind), _) => kind.to_owned(),
+            (None, Some(kind)) if node.field("kind").is_none() => Kind::name(kind).to_owned(),
+            (None, _) => {
+                converted.objects.push(unrecognised(node));
+                continue;
+            }
+        };
+        if let Some(kind) = Kind::of(&kind) {
+            converted.objects.push(object(kind, node, listed_as));
+        } else if let Some(items) = kind.strip_suffix("List") {
+            // A list of a kind that decides nothing is passed over whole.
+            let listed_as = Kind::of(items);
+            if listed_as.is_none() && !items.is_empty() {
+                converted.ignored += 1;
+                continue;
+            }
+            match node.take_field("items") {
+                Some(Node::List(items)) => {
+                    left.extend(items.into_iter().rev().map(|item| (item, listed_as)));
+                }
+                None | Some(Node::Leaf(Value::Null)) => {}
+                Some(Node::Leaf(_) | Node::Map(_)) => {
+                    converted.objects.push(problem(&format!("{kind}: items must be a list; left out")));
+                }
+            }
+        } else {
+            converted.ignored += 1;
+        }
+    }
+    converted
+}
+
+fn object(kind: Kind, node: Node, listed_as: Option<Kind>) -> Object {
+    let mut findings = Findings::default();
+    let duplicates = match kind {
+        // A pod or namespace without the labels that it may have would not be selected.
+        Kind::Pod | Kind::Namespace => Duplicates::LastCounts,
+        Kind::NetworkPolicy => Duplicates::TakenOut,
+    };
+    let value = node.into_value(duplicates, &mut findings);
+    match value.get("apiVersion") {
+        Some(Value::String(version)) if version == kind.api_version() => {}
+        Some(Value::String(version)) if kind.is_foreign(version) => {
+            let (version, ours) = (quoted(version), kind.api_version());
+            let message = format!("apiVersion {version} is another API's, not {ours}; left out");
+            return Object { change: None, problems: vec![Problem { object: named(kind, &value), message }] };
+        }
+        Some(Value::String(version)) => {
+            findings.note("apiVersion", &format!("{} is not {}", quoted(version), kind.api_version()));
+        }
+        // `kubectl get --raw` leaves it out of the items of a list that names their kind.
+        None if listed_as.is_some() => {}
+        None | Some(_) => findings.note("apiVersion", &format!("must be {}", kind.api_version())),
+    }
+    match kind {
+        Kind::Pod => pod_value(value, findings),
+        Kind::Namespace => namespace_value(value, findings),
+        Kind::NetworkPolicy => policy_value(value, findings),
+    }
+}
+
+/// The kind and name of an object that is not converted, for people.
+fn named(kind: Kind, value: &Value) -> String {
+    let text = |field: &str| value.pointer(&format!("/metadata/{field}")).and_then(Value::as_str);
+    let Some(name) = text("name") else { return kind.name().to_owned() };
+    let namespace = text("namespace").map(|namespace| format!("{namespace}/")).unwrap_or_default();
+    format!("{} {}", kind.name(), brief(&format!("{namespace}{name}")))
+}
+
+fn unrecognised(node: Node) -> Object {
+    let what = match node {
+        Node::Map(_) => return problem("not a Kubernetes object: kind must be a string; left out"),
+        Node::List(_) => "a list".to_owned(),
+        Node::Leaf(value) => described(&value),
+    };
+    problem(&format!("not a Kubernetes object but {what}; left out"))
+}
+
+fn problem(message: &str) -> Object {
+    Object { change: None, problems: vec![Problem { object: String::new(), message: message.to_owned() }] }
+}

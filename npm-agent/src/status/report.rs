@@ -1,0 +1,258 @@
+//! The status as data, and as JSON. Field names are an interface: scripts read them.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use npm_policy::goal::Goal;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::backend::Degraded;
+
+/// A question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Whether the source has to re-read everything before the answer.
+    #[serde(default)]
+    pub refresh: bool,
+}
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Answer {
+    /// The question could not be answered.
+    Error {
+        /// Why.
+        error: String,
+    },
+    /// How things stand.
+    Status(Box<Report>),
+}
+
+/// A [`Status`] with what follows from it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// Whether everything that was seen is enforced: `reasons` is empty.
+    pub ready: bool,
+    /// Why it is not ready, for people.
+    pub reasons: Vec<String>,
+    /// The rest.
+    #[serde(flatten)]
+    pub status: Status,
+}
+
+impl From<Status> for Report {
+    fn from(status: Status) -> Self {
+        let reasons = status.reasons(status.generation);
+        Self { ready: reasons.is_empty(), reasons, status }
+    }
+}
+
+/// How things stand.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The agent's version.
+    pub version: String,
+    /// The node it programs.
+    pub node: String,
+    /// Its name.
+    pub instance: String,
+    /// When it started.
+    #[serde(with = "unix_millis")]
+    pub started: SystemTime,
+    /// How its configuration makes it differ from what the API promises.
+    pub known_differences: Vec<String>,
+    /// The source.
+    pub source: SourceStatus,
+    /// What the compiler warns of.
+    pub warnings: Vec<String>,
+    /// What the source has told of.
+    pub world: WorldStatus,
+    /// The number of the newest goal; 0 before the source is in sync.
+    pub generation: u64,
+    /// The backends.
+    pub backends: Vec<BackendStatus>,
+}
+
+impl Status {
+    /// What stands between this state and one in which every backend has programmed goal `wanted` (or the first
+    /// one, for 0) or a newer one, and keeps it so.
+    pub fn reasons(&self, wanted: u64) -> Vec<String> {
+        let wanted = wanted.max(1);
+        let mut reasons = Vec::new();
+        if !self.source.in_sync {
+            reasons.push("the source is not in sync".to_owned());
+        }
+        for backend in &self.backends {
+            let name = &backend.name;
+            if backend.generation < wanted {
+                reasons.push(format!("{name}: goal {} of {wanted} is programmed", backend.generation));
+            }
+            if let Some(error) = &backend.last_error {
+                reasons.push(format!("{name}: failed {} times, last: {error}", backend.consecutive_failures));
+            }
+        }
+        reasons
+    }
+}
+
+/// How the source stands.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SourceStatus {
+    /// Whether everything that was there at its start has been read.
+    pub in_sync: bool,
+    /// Objects that it could not take as they are, by origin.
+    pub problems: Vec<ObjectProblem>,
+}
+
+/// Something that a source could not take as it stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectProblem {
+    /// The file or watch.
+    pub origin: String,
+    /// The object.
+    pub object: String,
+    /// What is wrong and what was done instead.
+    pub message: String,
+}
+
+/// How much there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct WorldStatus {
+    /// Pods of all nodes.
+    pub pods: usize,
+    /// Namespaces that were seen.
+    pub namespaces: usize,
+    /// Policies.
+    pub policies: usize,
+    /// Pods of this node that some policy selects.
+    pub local_subjects: usize,
+}
+
+/// How a backend stands.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct BackendStatus {
+    /// Its name.
+    pub name: String,
+    /// The number of the goal that the kernel has; 0: none of this process.
+    pub generation: u64,
+    /// Goals applied.
+    pub applies: u64,
+    /// The last of them.
+    pub last_apply: Option<LastApply>,
+    /// Read-backs.
+    pub verifies: u64,
+    /// The last of them.
+    #[serde(with = "unix_millis_option")]
+    pub last_verify: Option<SystemTime>,
+    /// Failures since it started.
+    pub failures: u64,
+    /// Failures in a row, until now.
+    pub consecutive_failures: u32,
+    /// The last of these.
+    pub last_error: Option<String>,
+    /// Things that someone else had changed and that were repaired.
+    pub drift_repairs: u64,
+    /// Policies that allow less than they say.
+    pub degraded: Vec<DegradedStatus>,
+    /// How much of the goal is programmed.
+    pub size: Size,
+}
+
+/// What an apply did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastApply {
+    /// When it began.
+    #[serde(with = "unix_millis")]
+    pub at: SystemTime,
+    /// How long it took.
+    pub duration_ms: u64,
+    /// Set members and sets written.
+    pub set_writes: usize,
+    /// Chains written.
+    pub rule_writes: usize,
+}
+
+/// A policy that allows less than it says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DegradedStatus {
+    /// `namespace/name`.
+    pub policy: String,
+    /// Why.
+    pub reason: String,
+}
+
+impl From<Degraded> for DegradedStatus {
+    fn from(Degraded { policy, reason }: Degraded) -> Self {
+        Self { policy: policy.to_string(), reason }
+    }
+}
+
+/// How large a goal is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Size {
+    /// Sets.
+    pub sets: usize,
+    /// Their members, of both families.
+    pub members: usize,
+    /// Policies that select pods of this node.
+    pub policies: usize,
+    /// Their ingress and egress rules.
+    pub rules: usize,
+}
+
+impl Size {
+    /// Of this goal.
+    pub fn of(goal: &Goal) -> Self {
+        let rules = |clauses: &Option<Vec<_>>| clauses.as_ref().map_or(0, Vec::len);
+        Self {
+            sets: goal.sets.len(),
+            members: goal.sets.iter().map(|(_, set)| set.v4.len() + set.v6.len()).sum(),
+            policies: goal.programs.len(),
+            rules: goal
+                .programs
+                .iter()
+                .map(|(_, program)| rules(&program.ingress) + rules(&program.egress))
+                .sum(),
+        }
+    }
+}
+
+/// A time as milliseconds since 1970.
+mod unix_millis {
+    use super::{Deserialize, Deserializer, Duration, Serializer, SystemTime, UNIX_EPOCH};
+
+    pub(super) fn serialize<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
+        // A clock before 1970 is a clock that was never set; 0 says as much.
+        let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        serializer.serialize_u64(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SystemTime, D::Error> {
+        let millis = u64::deserialize(deserializer)?;
+        UNIX_EPOCH
+            .checked_add(Duration::from_millis(millis))
+            .ok_or_else(|| serde::de::Error::custom("time out of range"))
+    }
+}
+
+/// A time as milliseconds since 1970, or null.
+mod unix_millis_option {
+    use super::{Deserialize, Deserializer, Serialize, Serializer, SystemTime, unix_millis};
+
+    #[derive(Serialize, Deserialize)]
+    struct Millis(#[serde(with = "unix_millis")] SystemTime);
+
+    pub(super) fn serialize<S: Serializer>(
+        time: &Option<SystemTime>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        time.map(Millis).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<SystemTime>, D::Error> {
+        Ok(Option::<Millis>::deserialize(deserializer)?.map(|Millis(time)| time))
+    }
+}

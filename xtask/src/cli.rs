@@ -1,0 +1,77 @@
+//! The command line: which commands there are, and which function does each.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::sink::Sink;
+use crate::tree::Tree;
+use crate::{check, clean_lab, demo, ebpf, packages};
+
+/// Project tasks of npm-agent.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", about, long_about = None)]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Run everything CI runs: format, lints, docs, eBPF object, build, tests
+    Test,
+    /// Run the agent on an example application in a lab of network namespaces (needs root)
+    Demo {
+        /// Arguments of the demo itself, e.g. --keep
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Install the programs and libraries that are missing (quiet when none is)
+    Setup {
+        /// Also make the eBPF toolchain ready: rust-src and bpf-linker
+        #[arg(long)]
+        ebpf: bool,
+    },
+    /// Build npm-ebpf and write the committed object npm-ebpf/npm-ebpf.o
+    Ebpf {
+        /// Rebuild and compare with the committed object instead of writing it
+        #[arg(long)]
+        check: bool,
+    },
+    /// Delete lab network namespaces whose process is gone
+    CleanLab,
+}
+
+/// Parses the arguments and runs the task.
+///
+/// # Errors
+/// Whatever stopped the task; what it had done until then stays done.
+pub(crate) fn run() -> Result<ExitCode> {
+    let tree = Tree::find()?;
+    match Cli::parse().command {
+        Task::Test => check::run(&tree),
+        Task::Demo { arguments } => demo::run(&tree, &arguments),
+        Task::Setup { ebpf } => {
+            packages::install_missing(&Sink::Terminal)?;
+            if ebpf {
+                ebpf::prepare(&tree, &Sink::Terminal)?;
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Ebpf { check } => {
+            packages::install_missing(&Sink::Terminal)?;
+            if check {
+                println!("{}", ebpf::check(&tree, &Sink::Terminal)?);
+            } else {
+                println!("{}", ebpf::write(&tree, &Sink::Terminal)?);
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::CleanLab => {
+            clean_lab::run()?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

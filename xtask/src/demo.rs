@@ -1,0 +1,31 @@
+//! `cargo xtask demo`: builds the agent and the demo, and runs it.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+use crate::exec::Program;
+use crate::packages;
+use crate::sink::Sink;
+use crate::tree::Tree;
+
+/// Builds both in the dev profile (a third of the release profile's time, and the demo is not a benchmark), then runs
+/// the demo with `arguments`.
+///
+/// # Errors
+/// When something can't be installed or built, or the demo can't be started. That it failed is the exit code.
+pub(crate) fn run(tree: &Tree, arguments: &[OsString]) -> Result<ExitCode> {
+    packages::install_missing(&Sink::Terminal)?;
+    if !packages::is_root()? {
+        bail!(
+            "the demo makes network namespaces and needs root: sudo -E env PATH=\"$PATH\" cargo xtask demo"
+        );
+    }
+    // One command for both: built apart, their dependencies' features would differ and be built twice.
+    let both = ["--package", "npm-agent", "--bin", "npm-agent", "--package", "npm-tests", "--bin", "demo"];
+    tree.cargo().args(["build", "--locked"]).args(both).run(&Sink::Terminal)?;
+    let demo = tree.target.join("debug/demo");
+    let status = Program::new(demo).current_dir(&tree.root).args(arguments).status(&Sink::Terminal)?;
+    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
