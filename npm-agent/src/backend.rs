@@ -100,6 +100,14 @@ pub enum BackendError {
         /// What it said, trimmed.
         stderr: String,
     },
+    /// A program did not end in time, and was killed.
+    #[error("{program} did not end within {after:?}")]
+    TimedOut {
+        /// The program, with its arguments.
+        program: String,
+        /// How long it was waited for.
+        after: std::time::Duration,
+    },
     /// What a program printed is not what we know how to read.
     #[error("cannot read the output of {program}: {detail}")]
     Unreadable {
