@@ -340,6 +340,10 @@ impl Backend for Iptables {
         "iptables"
     }
 
+    fn inherits(&self) -> bool {
+        self.last.is_some()
+    }
+
     fn apply(&mut self, goal: &Goal) -> Result<Applied, BackendError> {
         let mut applied = Applied::default();
         let mut left = Left::of(Rendered::of(goal), &self.families);

@@ -83,7 +83,8 @@ impl Worker {
     /// The thread could not be started.
     pub fn start(backend: Box<dyn Backend>, timing: Timing) -> std::io::Result<Self> {
         let name = backend.name();
-        let status = BackendStatus { name: name.to_owned(), ..BackendStatus::default() };
+        let inherited = backend.inherits();
+        let status = BackendStatus { name: name.to_owned(), inherited, ..BackendStatus::default() };
         let state = State { newest: None, life: Life::Running, status };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let thread = Thread {
@@ -96,7 +97,7 @@ impl Worker {
             failures: 0,
             ended: Instant::now(),
             retry_at: Instant::now(),
-            verify_at: Instant::now(),
+            verify_at: Instant::now() + timing.verify_interval,
         };
         std::thread::Builder::new().name(name.to_owned()).spawn(move || thread.run())?;
         Ok(Self { shared })
@@ -106,6 +107,11 @@ impl Worker {
     pub fn publish(&self, target: Target) {
         self.shared.lock().newest = Some(target);
         self.shared.changed.notify_all();
+    }
+
+    /// Whether what the kernel holds is what an earlier process enforced: nothing was applied since.
+    pub fn inherits(&self) -> bool {
+        self.shared.lock().status.inherited
     }
 
     /// What the backend has come to.
@@ -187,11 +193,7 @@ impl Thread {
             if state.life != Life::Running {
                 return Step::Stop;
             }
-            let Some(newest) = &state.newest else {
-                state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            let (at, step) = self.due(newest);
+            let (at, step) = self.due(state.newest.as_ref());
             let now = Instant::now();
             if at <= now {
                 return step;
@@ -202,20 +204,19 @@ impl Thread {
         }
     }
 
-    /// What is to be done when, as long as nothing newer comes.
-    fn due(&self, newest: &Target) -> (Instant, Step) {
-        let outdated = newest.generation != self.applied;
+    /// What is to be done when, as long as nothing newer comes. Also before the first goal there is something to read
+    /// back: what an earlier process has left.
+    fn due(&self, newest: Option<&Target>) -> (Instant, Step) {
+        let outdated = newest.filter(|newest| newest.generation != self.applied);
         if self.failures > 0 {
             // A newer goal may be without what made the last one fail: it need not wait out a long backoff, but a
             // stream of them must not hammer a backend that fails.
             let soonest = self.ended + self.timing.backoff.first;
-            let news = newest.generation != self.attempted;
+            let news = newest.is_some_and(|newest| newest.generation != self.attempted);
             let at = if news { soonest.min(self.retry_at) } else { self.retry_at };
-            return (at, if outdated { Step::Apply(newest.clone()) } else { Step::Verify });
+            return (at, outdated.map_or(Step::Verify, |newest| Step::Apply(newest.clone())));
         }
-        if !outdated {
-            return (self.verify_at, Step::Verify);
-        }
+        let Some(newest) = outdated else { return (self.verify_at, Step::Verify) };
         // Goals come first, but a stream of them does not put off the read-back for ever.
         let put_off = self.applied > 0 && self.verify_at + self.timing.verify_interval <= Instant::now();
         (self.ended, if put_off { Step::Verify } else { Step::Apply(newest.clone()) })
@@ -241,6 +242,7 @@ impl Thread {
         self.applied = *generation;
         self.succeeded(applied, |status| {
             status.generation = *generation;
+            status.inherited = false;
             status.applies += 1;
             status.last_apply = Some(LastApply { at, duration_ms, set_writes, rule_writes });
             status.size = Size::of(goal);

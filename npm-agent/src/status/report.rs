@@ -80,7 +80,15 @@ impl Status {
     pub fn reasons(&self, wanted: u64) -> Vec<String> {
         let wanted = wanted.max(1);
         let mut reasons = Vec::new();
-        if !self.source.in_sync {
+        let SourceStatus { in_sync, unread, problems: _ } = &self.source;
+        if !unread.is_empty() {
+            let held = self.backends.iter().any(|backend| backend.inherited);
+            let so = match held {
+                true => "what an earlier process programmed stays in force",
+                false => "what could be read is enforced",
+            };
+            reasons.push(format!("not readable since the start: {}; {so}", unread.join(", ")));
+        } else if !in_sync {
             reasons.push("the source is not in sync".to_owned());
         }
         for backend in &self.backends {
@@ -101,6 +109,9 @@ impl Status {
 pub struct SourceStatus {
     /// Whether everything that was there at its start has been read.
     pub in_sync: bool,
+    /// What of that could not be read yet, though the rest was: files, sorted.
+    #[serde(default)]
+    pub unread: Vec<String>,
     /// Objects that it could not take as they are, by origin.
     pub problems: Vec<ObjectProblem>,
 }
@@ -136,6 +147,9 @@ pub struct BackendStatus {
     pub name: String,
     /// The number of the goal that the kernel has; 0: none of this process.
     pub generation: u64,
+    /// Whether the kernel has what an earlier process programmed: nothing was applied since.
+    #[serde(default)]
+    pub inherited: bool,
     /// Goals applied.
     pub applies: u64,
     /// The last of them.

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use super::client::{ClientError, WaitError};
 use super::server::{Server, ServerError};
 use super::*;
-use crate::reconcile::fake::{Agent, Fake, PATIENCE, QUICK, namespace, pod, policy};
+use crate::reconcile::fake::{Agent, Fake, IN_SYNC, PATIENCE, QUICK, namespace, pod, policy};
 use crate::reconcile::{Ask, Freshness};
 use crate::source::Event;
 
@@ -87,7 +87,7 @@ fn the_answer_is_the_loops_state() {
     assert_eq!(report.status.known_differences, ["a difference"]);
 
     served.send(Event::Changes(vec![policy("all", Selector::everything())]));
-    served.send(Event::InSync);
+    served.send(IN_SYNC);
     let report = served.client().wait(PATIENCE).unwrap();
     assert!(report.ready, "{:?}", report.reasons);
     let backend = &report.status.backends[0];
@@ -104,7 +104,7 @@ fn the_answer_is_the_loops_state() {
 #[test]
 fn waiting_ends_when_what_was_there_is_programmed_and_not_before() {
     let served = Served::start();
-    served.send(Event::InSync);
+    served.send(IN_SYNC);
     served.client().wait(PATIENCE).unwrap();
     served.fake.hold();
     served.send(Event::Changes(vec![
@@ -126,7 +126,7 @@ fn waiting_ends_when_what_was_there_is_programmed_and_not_before() {
 fn waiting_for_a_failing_backend_says_why() {
     let served = Served::start();
     served.fake.fail(usize::MAX);
-    served.send(Event::InSync);
+    served.send(IN_SYNC);
     let error = served.client().wait(Duration::from_millis(200)).unwrap_err().to_string();
     assert!(error.contains("fake: goal 0 of 1 is programmed"), "{error}");
     assert!(error.contains("last: apply: fake failed with exit status: 4: planted"), "{error}");
@@ -146,7 +146,7 @@ fn waiting_waits_for_an_agent_too() {
     let waiting = std::thread::spawn(move || client.wait(PATIENCE));
     let fake = Fake::default();
     let mut agent = Agent::start(&[&fake], QUICK);
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     serve(socket, agent.asks.clone());
     let number = agent.refresh.blocking_recv().unwrap();
     agent.send(Event::Refreshed(number));
@@ -159,7 +159,7 @@ fn a_source_that_does_not_answer_is_not_waited_for_longer_than_asked() {
     let socket = directory.path().join("agent.sock");
     let fake = Fake::default();
     let agent = Agent::start(&[&fake], QUICK);
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     serve(socket.clone(), agent.asks.clone());
     let start = Instant::now();
     let error = Client::new(socket).wait(Duration::from_millis(200)).unwrap_err();
