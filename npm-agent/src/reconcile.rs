@@ -276,6 +276,8 @@ impl Reconcile {
             Freshness::Now => self.reply(ask.reply),
             Freshness::Refreshed => {
                 self.asked += 1;
+                // Who has gone would be kept for as long as the source does not answer.
+                self.waiting.retain(|(_, reply)| !reply.is_closed());
                 self.waiting.push((self.asked, ask.reply));
             }
         }

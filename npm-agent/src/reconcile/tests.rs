@@ -408,6 +408,23 @@ fn requests_to_refresh_that_come_together_are_one() {
 }
 
 #[test]
+fn who_has_gone_is_not_kept_while_the_source_does_not_answer() {
+    let mut reconcile = Reconcile::new(Identity::default(), Vec::new());
+    let mut ask = || {
+        let (reply, answer) = oneshot::channel();
+        reconcile.answer(Ask { freshness: Freshness::Refreshed, reply });
+        (reconcile.waiting.len(), answer)
+    };
+    let (_, patient) = ask();
+    for _ in 0..100 {
+        let (waiting, _gone) = ask();
+        assert_eq!(waiting, 2, "the patient one and this one");
+    }
+    reconcile.take(std::iter::once(Event::Refreshed(101)));
+    assert_eq!(patient.blocking_recv().unwrap().generation, 0);
+}
+
+#[test]
 fn stopping_waits_for_the_attempt_at_hand_and_begins_no_other() {
     let fake = Fake::default();
     let mut agent = Agent::start(&[&fake], QUICK);

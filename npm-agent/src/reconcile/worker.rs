@@ -17,6 +17,12 @@ use crate::status::report::{BackendStatus, DegradedStatus, LastApply, Size};
 /// At most this many lines about one drift are logged; the rest is counted.
 const MAX_DRIFT_LINES: usize = 20;
 
+/// After so many intervals without a read-back that succeeded, nobody knows what the kernel holds.
+const STALE_INTERVALS: u32 = 3;
+
+/// But not before this: one attempt may take as long.
+const MIN_STALE: Duration = Duration::from_secs(1);
+
 /// A goal and its number; a higher number is newer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
@@ -60,6 +66,24 @@ struct State {
     newest: Option<Target>,
     life: Life,
     status: BackendStatus,
+    /// When the attempt under way began.
+    busy_since: Option<Instant>,
+    /// When the kernel was last known to be as it should: the end of an apply or a read-back that succeeded. At first
+    /// the start.
+    good_at: Instant,
+    stale_after: Duration,
+}
+
+impl State {
+    /// The status as of now.
+    fn progress(&self) -> BackendStatus {
+        BackendStatus {
+            unverified_ms: millis(self.good_at.elapsed()),
+            attempt_ms: self.busy_since.map(|since| millis(since.elapsed())),
+            stale_after_ms: millis(self.stale_after),
+            ..self.status.clone()
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -85,7 +109,14 @@ impl Worker {
         let name = backend.name();
         let inherited = backend.inherits();
         let status = BackendStatus { name: name.to_owned(), inherited, ..BackendStatus::default() };
-        let state = State { newest: None, life: Life::Running, status };
+        let state = State {
+            newest: None,
+            life: Life::Running,
+            status,
+            busy_since: None,
+            good_at: Instant::now(),
+            stale_after: timing.verify_interval.saturating_mul(STALE_INTERVALS).max(MIN_STALE),
+        };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let thread = Thread {
             shared: Arc::clone(&shared),
@@ -116,7 +147,7 @@ impl Worker {
 
     /// What the backend has come to.
     pub fn progress(&self) -> BackendStatus {
-        self.shared.lock().status.clone()
+        self.shared.lock().progress()
     }
 
     /// Waits until the backend's status is as wanted; `None` after `patience`.
@@ -126,7 +157,7 @@ impl Worker {
             .changed
             .wait_timeout_while(self.shared.lock(), patience, |state| !wanted(&state.status))
             .unwrap_or_else(PoisonError::into_inner);
-        (!timeout.timed_out()).then(|| state.status.clone())
+        (!timeout.timed_out()).then(|| state.progress())
     }
 
     /// Lets the backend finish what it is doing, for `patience`, and do nothing more.
@@ -225,7 +256,7 @@ impl Thread {
     fn apply(&mut self, target: &Target) {
         let Target { generation, goal } = target;
         self.attempted = *generation;
-        let (at, start) = (SystemTime::now(), Instant::now());
+        let (at, start) = (SystemTime::now(), self.begin_attempt());
         let outcome = self.backend.apply(goal);
         let duration = self.end_attempt(start);
         let applied = match outcome {
@@ -250,7 +281,7 @@ impl Thread {
     }
 
     fn verify(&mut self) {
-        let start = Instant::now();
+        let start = self.begin_attempt();
         let outcome = self.backend.verify();
         let duration = self.end_attempt(start);
         match outcome {
@@ -265,9 +296,17 @@ impl Thread {
         }
     }
 
+    /// Notes that an attempt begins; gives when.
+    fn begin_attempt(&self) -> Instant {
+        let start = Instant::now();
+        self.shared.lock().busy_since = Some(start);
+        start
+    }
+
     /// Notes that an attempt has ended; gives how long it took.
     fn end_attempt(&mut self, start: Instant) -> Duration {
         self.ended = Instant::now();
+        self.shared.lock().busy_since = None;
         self.ended - start
     }
 
@@ -290,6 +329,7 @@ impl Thread {
         }
         let degraded: Vec<DegradedStatus> = degraded.into_iter().map(DegradedStatus::from).collect();
         let mut state = self.shared.lock();
+        state.good_at = self.ended;
         let status = &mut state.status;
         update(status);
         for new in degraded.iter().filter(|new| !status.degraded.contains(new)) {

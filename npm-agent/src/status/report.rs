@@ -99,6 +99,14 @@ impl Status {
             if let Some(error) = &backend.last_error {
                 reasons.push(format!("{name}: failed {} times, last: {error}", backend.consecutive_failures));
             }
+            let BackendStatus { unverified_ms, stale_after_ms, attempt_ms, .. } = *backend;
+            if let Some(attempt_ms) = attempt_ms.filter(|attempt_ms| *attempt_ms > stale_after_ms) {
+                reasons.push(format!("{name}: one attempt has been under way for {} s", attempt_ms / 1000));
+            }
+            if unverified_ms > stale_after_ms {
+                let (since, most) = (unverified_ms / 1000, stale_after_ms / 1000);
+                reasons.push(format!("{name}: not read back for {since} s, {most} s at most is normal"));
+            }
         }
         reasons
     }
@@ -159,6 +167,16 @@ pub struct BackendStatus {
     /// The last of them.
     #[serde(with = "unix_millis_option")]
     pub last_verify: Option<SystemTime>,
+    /// How long ago the kernel was last known to be as it should: the last apply or read-back that succeeded, or the
+    /// start. In milliseconds.
+    #[serde(default)]
+    pub unverified_ms: u64,
+    /// How long the attempt under way has taken so far, in milliseconds.
+    #[serde(default)]
+    pub attempt_ms: Option<u64>,
+    /// How long either may be before the backend is not ready, in milliseconds.
+    #[serde(default)]
+    pub stale_after_ms: u64,
     /// Failures since it started.
     pub failures: u64,
     /// Failures in a row, until now.
