@@ -127,7 +127,7 @@ fn source(source: &SourceStatus) -> String {
     match (source.in_sync, source.unread.len()) {
         (true, _) => "in sync".to_owned(),
         (false, 0) => "not in sync".to_owned(),
-        (false, count) => format!("in sync but for {count} files that could not be read since the start"),
+        (false, count) => format!("in sync but for what was not readable since the start: {count}"),
     }
 }
 
