@@ -15,6 +15,10 @@ pub trait Backend: Send {
     /// The name that operators know it by: `iptables`, `ebpf`.
     fn name(&self) -> &'static str;
 
+    /// Whether the kernel holds what an earlier process of ours enforces and this process has not replaced yet. Asked
+    /// before the first [`Backend::apply`]; until then [`Backend::verify`] keeps that state as it was found.
+    fn inherits(&self) -> bool;
+
     /// Makes the kernel enforce `goal`, writing only what differs.
     ///
     /// Between two goals no flow that both deny gets through and none that both allow is lost, also if the process

@@ -405,6 +405,10 @@ impl Backend for Iptables {
         "iptables"
     }
 
+    fn inherits(&self) -> bool {
+        self.last.is_some()
+    }
+
     fn apply(&mut self, goal: &Goal) -> Result<Applied, BackendError> {
         let before = self.last.take();
         let spared = before.as_ref().map(|before| before.spared.clone()).unwrap_or_default();
