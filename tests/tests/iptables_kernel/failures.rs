@@ -306,16 +306,16 @@ fn an_agent_killed_while_it_writes_leaves_nothing_wrong_and_nobody_writing() {
     in_namespace(|variant| {
         let wanted = &expected(&long_goal(AFTER))[&Family::V4];
         let mut interrupted = 0;
-        for round in 0..4 {
-            let mut first = backend(variant);
-            first.apply(&long_goal(BEFORE)).unwrap();
+        for round in 0..2 {
+            // The second time from wherever the first victim got.
+            backend(variant).apply(&long_goal(BEFORE)).unwrap();
             let victim = format!("{VICTIM}={variant:?}");
             let program = std::env::current_exe().unwrap();
             let arguments =
                 [Path::new(&victim), &program, Path::new("--exact"), Path::new("failures::victim")];
             let log = tempfile::tempfile().unwrap();
             let mut child = npm_tests::exec::start("env", &arguments, &log).unwrap();
-            while largest_set() < BEFORE + 1 + round * 5_000 {
+            while largest_set() < BEFORE + 1 + round * 20_000 {
                 assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
             }
             child.kill().unwrap();
@@ -329,8 +329,6 @@ fn an_agent_killed_while_it_writes_leaves_nothing_wrong_and_nobody_writing() {
             }
             std::thread::sleep(Duration::from_millis(500));
             assert!(seen == read(), "a write after the next agent has read");
-            backend(variant).apply(&long_goal(AFTER)).unwrap();
-            assert_holds(&first, &long_goal(AFTER));
         }
         assert!(interrupted > 0, "no write was interrupted: nothing was tested");
     });
