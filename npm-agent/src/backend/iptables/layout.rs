@@ -69,10 +69,7 @@ pub fn temporary_names(name: &str) -> impl Iterator<Item = Arc<str>> {
 /// The rule of `FORWARD` that leads to us: whatever no allowed connection vouches for is judged.
 pub fn jump() -> Rule {
     let states = [CtState::Related, CtState::Established].into();
-    Rule {
-        states: Some(CtStates { sense: Sense::IsNot, states }),
-        ..Rule::new(Target::Jump(ENTRY.into()))
-    }
+    Rule { states: Some(CtStates { sense: Sense::IsNot, states }), ..Rule::new(Target::Jump(ENTRY.into())) }
 }
 
 /// Whether a rule of `FORWARD` is a jump that we, or Azure NPM, put there: to our chains, for packets of certain
