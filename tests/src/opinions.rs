@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use npm_agent::backend::iptables::render::Rendered;
+use npm_common::decide;
 use npm_policy::compile::compile;
-use npm_policy::flow::{Decision, Flow, Judgement};
+use npm_policy::flow::{Decision, Flow, Judgement, Verdict};
 use npm_policy::goal::Goal;
 use npm_policy::world::{Change, World};
 use proptest::test_runner::TestCaseError;
@@ -59,4 +60,14 @@ pub fn everybody_has_a_node(changes: Vec<Change>) -> Vec<Change> {
         Change::Pod(_, None) | Change::Namespace(..) | Change::Policy(..) => change,
     };
     changes.into_iter().map(place).collect()
+}
+
+/// The Goal's verdict without its reasons.
+pub fn plain(verdict: &Verdict) -> decide::Verdict {
+    let plain = |judgement: &Judgement| match judgement {
+        Judgement::Denied { .. } => decide::Judgement::Denied,
+        Judgement::Allowed { .. } => decide::Judgement::Allowed,
+        Judgement::NotIsolated => decide::Judgement::NotIsolated,
+    };
+    decide::Verdict { ingress: plain(&verdict.ingress), egress: plain(&verdict.egress) }
 }

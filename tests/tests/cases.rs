@@ -93,6 +93,15 @@ fn read(case: &Case) -> (World, Vec<Problem>) {
     (world, problems)
 }
 
+/// All engines; without the right to load programs, which CI must have, all but eBPF's.
+fn engines() -> Vec<Engine> {
+    if nix::unistd::geteuid().is_root() {
+        return Engine::ALL.to_vec();
+    }
+    assert!(std::env::var("CI").as_deref() != Ok("true"), "a skipped engine is a failure in CI");
+    Engine::UNPRIVILEGED.to_vec()
+}
+
 fn request(case: &Case, world: World) -> Request {
     let probe =
         |text: &String| text.parse::<Probe>().unwrap_or_else(|error| panic!("{}: {error}", case.name));
@@ -105,7 +114,7 @@ fn request(case: &Case, world: World) -> Request {
             Some(6) => Family::V6,
             Some(other) => panic!("{}: family {other}", case.name),
         },
-        engines: Engine::ALL.into_iter().collect(),
+        engines: engines().into_iter().collect(),
     }
 }
 
@@ -158,7 +167,10 @@ fn every_engine_agrees_with_the_documentation() {
     assert!(wrong.is_empty(), "{} of {} cases are wrong: {wrong:?}\n{failures}", wrong.len(), all.len());
     assert!(all.len() >= 200, "{} cases", all.len());
     let tables: usize = all.iter().map(|(_, case)| case.expect.len()).sum();
-    assert_eq!(compared, Engine::ALL.into_iter().map(|engine| (engine, tables)).collect());
+    assert_eq!(compared, engines().into_iter().map(|engine| (engine, tables)).collect());
+    if !compared.contains_key(&Engine::Ebpf) {
+        eprintln!("SKIPPED: the engine ebpf: eBPF programs are loaded by root only");
+    }
 }
 
 /// A case that is read otherwise than it was meant proves nothing.
