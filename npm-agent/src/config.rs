@@ -78,7 +78,7 @@ pub struct Flags {
 
     /// Unix socket that answers `npm-agent status`
     ///
-    /// Only its owner can connect. [default: /run/npm-agent/<instance>.sock]
+    /// Only its owner can connect. [default: /run/npm-agent/INSTANCE.sock]
     #[arg(long, env = "NPM_SOCKET", value_name = "PATH")]
     pub socket: Option<PathBuf>,
 

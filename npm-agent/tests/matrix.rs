@@ -238,3 +238,17 @@ fn exit_codes() {
         assert_eq!(run(arguments), None, "{arguments:?}");
     }
 }
+
+/// The words that YAML 1.1 takes for booleans: names and labels are the text they look like, a boolean is one.
+#[test]
+fn words_for_yes_and_no_are_what_they_look_like() {
+    let world = world(
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: y, namespace: n, labels: {on: yes}}\n\
+         spec: {nodeName: off, hostNetwork: yes}\nstatus: {phase: Running, podIP: 10.0.0.1}\n",
+    );
+    let pod = world.pods().next().unwrap();
+    assert_eq!(pod.key.to_string(), "n/y");
+    assert_eq!(pod.labels.get("on").map(|value| &**value), Some("yes"));
+    assert_eq!(pod.node.as_deref(), Some("off"));
+    assert_eq!(pod.network, npm_policy::model::PodNetwork::Host);
+}

@@ -40,6 +40,46 @@ pub fn world() -> impl Strategy<Value = Vec<Change>> {
     })
 }
 
+/// A crowd: 150 pods, 60 policies with long lists of peers and ports, so that lists outgrow what a rule can hold.
+pub fn crowd() -> impl Strategy<Value = Vec<Change>> {
+    let rule = || {
+        (vec(peer(), 1..=12), vec(port(), 1..=20))
+            .prop_map(|(peers, ports)| Rule { peers: Peers::Only(peers), ports: Ports::Only(ports) })
+    };
+    let direction = move || prop_oneof![1 => Just(None), 2 => vec(rule(), 1..=3).prop_map(Some)];
+    let policy = (policy(), direction(), direction()).prop_map(|(policy, ingress, egress)| Policy {
+        ingress,
+        egress,
+        ..policy
+    });
+    (namespaces(), vec(pod(), 150), vec(policy, 60)).prop_map(|(mut changes, pods, policies)| {
+        for (index, mut pod) in pods.into_iter().enumerate() {
+            let number = u8::try_from(index).expect("at most 150 pods");
+            pod.key.name = format!("{}-{index}", pod.key.name).into();
+            // In the same networks as everywhere, but nobody else's.
+            pod.addresses = BTreeSet::from([
+                IpAddr::V4(Ipv4Addr::new(10, 0, number % 3, 10 + number)),
+                IpAddr::V6(Ipv6Addr::new(
+                    0xfd00,
+                    0,
+                    0,
+                    0,
+                    0,
+                    0,
+                    u16::from(number % 3),
+                    0x10 + u16::from(number),
+                )),
+            ]);
+            changes.push(Change::Pod(pod.key.clone(), Some(pod)));
+        }
+        for (index, mut policy) in policies.into_iter().enumerate() {
+            policy.key.name = format!("{}-{index}", policy.key.name).into();
+            changes.push(Change::Policy(policy.key.clone(), Some(policy)));
+        }
+        changes
+    })
+}
+
 /// A sequence of single changes over a small set of keys: additions, replacements and deletions.
 pub fn sequence(length: impl Into<proptest::collection::SizeRange>) -> impl Strategy<Value = Vec<Change>> {
     let gone = prop_oneof![

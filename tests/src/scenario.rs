@@ -1,7 +1,8 @@
 //! Scenarios: a small cluster, what happens to it, and whether real packets between all its ends fare as the oracle
 //! says, after every step.
 //!
-//! A scenario is data (`tests/scenarios/*.yaml`; the hand-written cases of `tests/cases` are scenarios too). The lab is built
+//! A scenario is data (`tests/scenarios/*.yaml`; the hand-written cases of `tests/cases` are scenarios too). The
+//! lab is built
 //! from the addresses that its pods have at any step, and kept for the next scenario that needs the same.
 
 pub mod cluster;
@@ -34,7 +35,8 @@ pub struct Scenario {
     /// The name of a file in `tests/scenarios/clusters`, whose objects come before [`Scenario::manifests`].
     #[serde(default)]
     pub cluster: Option<String>,
-    /// Plain Kubernetes YAML; an object replaces an earlier one of its kind and name. Pods without `spec.nodeName` are
+    /// Plain Kubernetes YAML; an object replaces an earlier one of its kind and name. Pods without `spec.nodeName`
+    /// are
     /// on the node `node-a`, those of the host's network each on a node of their own.
     #[serde(default)]
     pub manifests: String,

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use crate::lab::probe::Outcome;
 
 /// Who can talk to whom: one string a source, one character a destination, both in the order of `endpoints`; `.` a
-/// new connection is allowed, `X` denied, `#` itself, `-` not asked, `?` observed to arrive without an answer coming back.
+/// new connection is allowed, `X` denied, `#` itself, `-` not asked, `?` observed to arrive without an answer
+/// coming back.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Table {
     /// The names, in order.

@@ -4,6 +4,8 @@
 //! `NPM_SEED=<number>` repeats a run; `NPM_CASES=<n>` scales it. Counterexamples are kept in
 //! `tests/regressions/agreement.txt` and run first.
 
+use std::collections::BTreeMap;
+
 use npm_agent::backend::iptables::render::Rendered;
 use npm_policy::compile::{Compiler, compile};
 use npm_policy::flow::{Decision, Judgement};
@@ -13,7 +15,7 @@ use npm_policy::verdict::oracle;
 use npm_policy::world::{Change, World};
 use npm_tests::features::FEATURES;
 use npm_tests::opinions::{compiled, everybody_has_a_node, goals, rendered};
-use npm_tests::random::{NODES, flows, sequence, world, world_of};
+use npm_tests::random::{NODES, crowd, flows, sequence, world, world_of};
 use npm_tests::{property, regressions};
 use proptest::prelude::*;
 
@@ -67,6 +69,33 @@ fn oracle_goal_and_rendered_iptables_agree() {
         (isolated - denied) * 100 >= isolated * 30,
         "{denied} of {isolated} are denied: less than 30 % allowed"
     );
+}
+
+#[test]
+fn all_agree_on_a_crowd() {
+    check("crowds", 8, (crowd().prop_map(everybody_has_a_node), any::<u64>()), |(changes, seed)| {
+        let world = world_of(changes);
+        let goals = goals(&world);
+        let nodes: BTreeMap<&'static str, Rendered> =
+            goals.iter().map(|(node, goal)| (*node, Rendered::of(goal))).collect();
+        let shared =
+            |rendered: &Rendered| rendered.v4.chains.keys().filter(|name| name.contains("-PORTS-")).count();
+        prop_assert!(
+            nodes.values().any(|rendered| shared(rendered) > 0),
+            "no list of ports has its own chain"
+        );
+        let mut decisions = [0; 2];
+        for flow in flows(&world, 1000, seed) {
+            let expected = oracle(&world, &flow);
+            let (ingress, egress) = compiled(&world, &goals, &flow);
+            prop_assert_eq!(&expected.ingress, &ingress, "ingress of {}", flow);
+            prop_assert_eq!(&expected.egress, &egress, "egress of {}", flow);
+            prop_assert_eq!(expected.decision(), rendered(&world, &nodes, &flow)?, "iptables on {}", flow);
+            decisions[usize::from(expected.decision() == Decision::Allow)] += 1;
+        }
+        prop_assert!(decisions.iter().all(|count| *count > 0), "denied, allowed: {:?}", decisions);
+        Ok(())
+    });
 }
 
 #[test]

@@ -14,7 +14,8 @@ use npm_policy::flow::Decision;
 use npm_policy::verdict::oracle;
 use npm_tests::opinions::{everybody_has_a_node, goals, plain, rendered};
 use npm_tests::property::check;
-use npm_tests::random::{flows, world, world_of};
+use npm_policy::world::Change;
+use npm_tests::random::{crowd, flows, world, world_of};
 use npm_tests::regressions;
 use proptest::prelude::*;
 
@@ -83,4 +84,51 @@ fn oracle_goal_iptables_and_the_kernel_agree() {
         filling.get(),
     );
     assert!(verdicts >= LEAST_VERDICTS, "{verdicts} verdicts");
+}
+
+#[test]
+fn long_lists_are_judged_whole() {
+    if !is_root() {
+        return;
+    }
+    let kernel = RefCell::new(Kernel::load().expect("the program loads"));
+    check(REGRESSIONS, "crowds in the kernel", 4, (crowd(), any::<u64>()), |(changes, seed)| {
+        // As many policies as the program's rows have bits for.
+        let few = |change: &Change| match change {
+            Change::Policy(key, _) => ["-1", "-2"].iter().any(|number| key.name.contains(number)),
+            Change::Pod(..) | Change::Namespace(..) => true,
+        };
+        let world = world_of(changes.into_iter().filter(few));
+        let mut kernel = kernel.borrow_mut();
+        for (node, goal) in goals(&world) {
+            let lowered = lower(&goal).map_err(|error| TestCaseError::fail(error.to_string()))?;
+            let (bits, segments) = (lowered.bits.len(), lowered.segments.len());
+            prop_assert!(bits > 64 && segments > 100, "{} bits, {} segments", bits, segments);
+            let writes = kernel.fill(&lowered).map_err(|error| TestCaseError::fail(format!("{error:?}")))?;
+            println!("{node}: {bits} bits, {segments} segments, {writes} writes");
+            for flow in flows(&world, 2000, seed) {
+                let answer =
+                    kernel.verdict(&flow).map_err(|error| TestCaseError::fail(format!("{error:?}")))?;
+                prop_assert_eq!(plain(&goal.verdict(&flow)), answer, "{} on {}", flow, node);
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn loads_within_50_ms_and_leaves_nothing() {
+    if !is_root() {
+        return;
+    }
+    // The best of some: what the program takes, not what the machine is busy with.
+    let took = (0..5).map(|_| {
+        let began = Instant::now();
+        let kernel = Kernel::load().expect("the program loads");
+        let loaded = began.elapsed();
+        drop(kernel);
+        (loaded, began.elapsed())
+    });
+    let took: Vec<_> = took.collect();
+    println!("loaded, and gone: {took:?}");
 }

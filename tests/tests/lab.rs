@@ -21,7 +21,10 @@ const TRANSPORTS: [Transport; 4] = [
 ];
 
 fn host(name: &str, addresses: &[&str]) -> Host {
-    Host { name: name.into(), addresses: addresses.iter().map(|address| address.parse().unwrap()).collect() }
+    Host {
+        name: name.into(),
+        addresses: addresses.iter().map(|address| address.parse().expect("the lab has it")).collect(),
+    }
 }
 
 /// Two nodes, three pods on the first, one on the second, one host outside.
@@ -43,19 +46,22 @@ fn spec(layout: Layout) -> Spec {
 }
 
 fn address(lab: &Lab, name: &str, family: Family) -> IpAddr {
-    lab.endpoints()[lab.find(name).unwrap()].address(family).unwrap()
+    lab.endpoints()[lab.find(name).expect("the lab has it")].address(family).expect("the lab has it")
 }
 
 fn probe(lab: &Lab, from: &str, destination: IpAddr, transport: Transport) -> Probe {
     let source = address(lab, from, Family::of(destination));
-    Probe { from: lab.find(from).unwrap(), source, destination, transport, expected: None }
+    Probe { from: lab.find(from).expect("the lab has it"), source, destination, transport, expected: None }
 }
 
 /// Puts a rule into the filter table of both families.
 fn filter(lab: &Lab, node: &str, rule: &str) {
     for family in Family::BOTH {
         let args: Vec<&str> = ["-w"].into_iter().chain(rule.split(' ')).collect();
-        lab.netns(node).unwrap().exec(&Dialect::Nft.program(family, ""), &args).unwrap();
+        lab.netns(node)
+            .expect("the lab has it")
+            .exec(&Dialect::Nft.program(family, ""), &args)
+            .expect("the lab has it");
     }
 }
 
@@ -177,7 +183,10 @@ fn cold_neighbour_discovery_crosses_the_filter_of_a_bridge() -> Result<()> {
 
 fn filter_v6(lab: &Lab, rule: &str) {
     let args: Vec<&str> = ["-w"].into_iter().chain(rule.split(' ')).collect();
-    lab.netns("node-a").unwrap().exec(&Dialect::Nft.program(Family::V6, ""), &args).unwrap();
+    lab.netns("node-a")
+        .expect("the lab has it")
+        .exec(&Dialect::Nft.program(Family::V6, ""), &args)
+        .expect("the lab has it");
 }
 
 #[test]

@@ -139,8 +139,8 @@ impl Toggle {
 
 impl Drop for Toggle {
     fn drop(&mut self) {
-        self.ipset.kill().unwrap();
-        self.ipset.wait().unwrap();
+        let ended = self.ipset.kill().and_then(|()| self.ipset.wait());
+        ended.expect("ipset waits for commands until it is killed");
     }
 }
 

@@ -7,8 +7,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
+use crate::exec::Program;
 use crate::sink::Sink;
 use crate::summary::Counts;
 use crate::tree::Tree;
@@ -93,6 +94,30 @@ const STEPS: &[Step] = &[
         run: |tree, log| {
             // Tests of the lab find the agent's binary beside their own: the step before has built it.
             tree.cargo().args(["test", "--locked", "--workspace", "--no-fail-fast"]).run(log)?;
+            Ok(None)
+        },
+    },
+    Step {
+        name: "demo",
+        needs: &["build"],
+        run: |tree, log| {
+            if packages::is_root()? {
+                Program::new(tree.target.join("debug/demo")).current_dir(&tree.root).run(log)?;
+                return Ok(None);
+            }
+            if std::env::var("CI").as_deref() == Ok("true") {
+                bail!("the demo needs root");
+            }
+            Ok(Some("SKIPPED, NOT TESTED: the demo needs root".to_owned()))
+        },
+    },
+    Step {
+        // A short sample; `cargo xtask mutants` runs all of them.
+        name: "mutants",
+        needs: &["test"],
+        run: |tree, log| {
+            let program = Program::new(tree.target.join("debug/mutants"));
+            program.current_dir(&tree.root).args(["--sample", "2"]).run(log)?;
             Ok(None)
         },
     },

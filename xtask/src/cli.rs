@@ -40,6 +40,12 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Put typical bugs into a copy of the tree, one by one: each must turn a test red (about 20 minutes)
+    Mutants {
+        /// Arguments of the program itself: --sample N, --only TEXT
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// Delete lab network namespaces whose process is gone
     CleanLab,
 }
@@ -53,6 +59,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     match Cli::parse().command {
         Task::Test => check::run(&tree),
         Task::Demo { arguments } => demo::run(&tree, &arguments),
+        Task::Mutants { arguments } => demo::mutants(&tree, &arguments),
         Task::Setup { ebpf } => {
             packages::install_missing(&Sink::Terminal)?;
             if ebpf {

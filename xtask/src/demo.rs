@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: builds the agent and the demo, and runs it.
+//! `cargo xtask demo` and `cargo xtask mutants`: build programs of the tests crate, and run them.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -27,5 +27,19 @@ pub(crate) fn run(tree: &Tree, arguments: &[OsString]) -> Result<ExitCode> {
     tree.cargo().args(["build", "--locked"]).args(both).run(&Sink::Terminal)?;
     let demo = tree.target.join("debug/demo");
     let status = Program::new(demo).current_dir(&tree.root).args(arguments).status(&Sink::Terminal)?;
+    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Builds the program that puts bugs into a copy of the tree, and runs it with `arguments`.
+///
+/// # Errors
+/// When something can't be installed or built, or it can't be started. That a bug was not caught is the exit code.
+pub(crate) fn mutants(tree: &Tree, arguments: &[OsString]) -> Result<ExitCode> {
+    packages::install_missing(&Sink::Terminal)?;
+    tree.cargo()
+        .args(["build", "--locked", "--package", "npm-tests", "--bin", "mutants"])
+        .run(&Sink::Terminal)?;
+    let program = tree.target.join("debug/mutants");
+    let status = Program::new(program).current_dir(&tree.root).args(arguments).status(&Sink::Terminal)?;
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

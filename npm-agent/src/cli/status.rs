@@ -41,7 +41,7 @@ pub struct Args {
         value_parser = value::parse_instance)]
     instance: String,
 
-    /// Its unix socket, if it is not the one of its name [default: /run/npm-agent/<instance>.sock]
+    /// Its unix socket, if it is not the one of its name [default: /run/npm-agent/INSTANCE.sock]
     #[arg(long, env = "NPM_SOCKET", value_name = "PATH")]
     socket: Option<PathBuf>,
 }

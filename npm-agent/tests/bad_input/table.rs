@@ -168,7 +168,7 @@ const SPECS: &[(&str, &str)] = &[
         "spec.podSelector.matchLabels[a]: must be a string, not the number 1",
     ),
     (
-        "{podSelector: {matchLabels: {a: yes}}}",
+        "{podSelector: {matchLabels: {a: true}}}",
         "spec.podSelector.matchLabels[a]: must be a string, not the boolean true",
     ),
     ("{podSelector: {matchLabels: {'': b}}}", "spec.podSelector.matchLabels: \"\" must not be empty"),

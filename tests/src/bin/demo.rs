@@ -196,6 +196,9 @@ fn columns(world: &World) -> Vec<Column> {
     columns
 }
 
+/// A connection's family, and what was expected and seen of it.
+type Cell = (Family, Decision, Decision);
+
 /// All connections to try: every endpoint but the node, to every column, in both families.
 struct Plan {
     sources: Vec<String>,
@@ -243,7 +246,7 @@ impl Plan {
 
     /// Prints the table; returns how many connections did not do what the oracle says.
     fn print(&self, world: &World, columns: &[Column], observed: &[Outcome]) -> usize {
-        let mut cells: BTreeMap<(usize, usize), Vec<(Family, Decision, Decision)>> = BTreeMap::new();
+        let mut cells: BTreeMap<(usize, usize), Vec<Cell>> = BTreeMap::new();
         for ((cell, (flow, _)), outcome) in self.cells.iter().zip(&self.probes).zip(observed) {
             let verdict = oracle(world, flow);
             let entry = cells.entry((cell.0, cell.1)).or_default();
@@ -289,7 +292,7 @@ impl Plan {
                 Some(*source) == row && Some(*target) == column && *family == Family::V4
             });
             if let Some((_, (flow, _))) = found {
-                println!("  {from} -> {to} {}: {}", flow.transport, oracle(world, flow).explain(flow));
+                println!("  {from} -> {to}: {}", oracle(world, flow).explain_as(&from, &to, flow.transport));
             }
         }
         wrong
@@ -297,7 +300,7 @@ impl Plan {
 }
 
 /// `yes` or `no` when both families agree, else which family passes; `!` where the oracle says otherwise.
-fn cell_text(families: &[(Family, Decision, Decision)]) -> String {
+fn cell_text(families: &[Cell]) -> String {
     let allowed: Vec<&str> = families
         .iter()
         .filter(|(_, _, seen)| *seen == Decision::Allow)

@@ -3,10 +3,12 @@
 //!
 //! A sender sends crafted UDP datagrams or TCP SYNs with ever-changing source ports; a packet socket in the
 //! destination's namespace takes down the numbers. The destination itself drops them before its own stack sees them
-//! (raw table), so nobody answers. Packets between namespaces are forwarded within the sender's `send`, so the time at
+//! (raw table), so nobody answers. Packets between namespaces are forwarded within the sender's `send`, so the time
+//! at
 //! which a packet met the filter lies between the two times that are recorded around the call.
 //!
-//! Senders run before ordinary threads; with both of a pair at 6,000 a second a machine of two cores has room left for
+//! Senders run before ordinary threads; with both of a pair at 6,000 a second a machine of two cores has room left
+//! for
 //! what changes the filter.
 
 use std::io::IoSliceMut;

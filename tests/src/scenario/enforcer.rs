@@ -1,4 +1,5 @@
-//! What makes a node enforce policies: the agent as it runs in production, or its rendering, given to the tools directly.
+//! What makes a node enforce policies: the agent as it runs in production, or its rendering, given to the tools
+//! directly.
 
 use std::path::{Path, PathBuf};
 

@@ -3,7 +3,9 @@
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-use npm_policy::goal::{Family, Member};
+use npm_policy::goal::Family;
+#[cfg(feature = "libipset")]
+use npm_policy::goal::Member;
 
 use super::BackendError;
 use super::layout;

@@ -137,6 +137,15 @@ pub(super) fn fit(value: Value, shape: &Shape, findings: &mut Findings) -> Value
     fit_at(value, shape, "", findings).unwrap_or(Value::Object(Map::new()))
 }
 
+/// The words that YAML 1.1 has for booleans beside `true` and `false` (yaml.org/type/bool.html).
+fn yaml_1_1_bool(word: &str) -> Option<bool> {
+    match word {
+        "y" | "Y" | "yes" | "Yes" | "YES" | "on" | "On" | "ON" => Some(true),
+        "n" | "N" | "no" | "No" | "NO" | "off" | "Off" | "OFF" => Some(false),
+        _ => None,
+    }
+}
+
 fn fit_at(value: Value, shape: &Shape, path: &str, findings: &mut Findings) -> Option<Value> {
     let expected = match (shape, value) {
         (Shape::Any, value) => return Some(value),
@@ -148,6 +157,10 @@ fn fit_at(value: Value, shape: &Shape, path: &str, findings: &mut Findings) -> O
         (Shape::Text | Shape::IntOrText, value @ Value::String(_))
         | (Shape::Bool, value @ Value::Bool(_)) => {
             return Some(value);
+        }
+        // `hostNetwork: yes`: a word of YAML 1.1, which kubectl reads. As a name or a label it is the text it looks like.
+        (Shape::Bool, Value::String(word)) if yaml_1_1_bool(&word).is_some() => {
+            return yaml_1_1_bool(&word).map(Value::Bool);
         }
         (Shape::Int | Shape::IntOrText, Value::Number(number))
             if number.as_i64().is_some_and(|number| i32::try_from(number).is_ok()) =>

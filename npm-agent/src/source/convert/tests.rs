@@ -275,7 +275,7 @@ fn pods() {
 fn bad_parts_of_pods_are_left_out() {
     let value = json!({
         "metadata": {"name": "a", "labels": {"l": true, "m": "n"}, "creationTimestamp": "yesterday"},
-        "spec": {"hostNetwork": "yes", "containers": [{"image": 3, "ports": [
+        "spec": {"hostNetwork": "maybe", "containers": [{"image": 3, "ports": [
             {"containerPort": 70000, "name": "big"}, {"containerPort": 80, "name": "80"},
             {"containerPort": 80, "name": "icmp", "protocol": "ICMP"}, {"containerPort": 80, "name": "good"}]}]},
         "status": {"podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.256"}, {"ip": 3}, "fd00::1", {"ip": "fd00::2"}]},
@@ -287,7 +287,7 @@ fn bad_parts_of_pods_are_left_out() {
     let expected = [
         "metadata.creationTimestamp: must be a time as 2006-01-02T15:04:05Z, not the string \"yesterday\"",
         "metadata.labels[l]: must be a string, not the boolean true",
-        "spec.hostNetwork: must be true or false, not the string \"yes\"",
+        "spec.hostNetwork: must be true or false, not the string \"maybe\"",
         "status.podIPs[1].ip: must be a string, not the number 3",
         "status.podIPs[2]: must be a map, not the string \"fd00::1\"",
         "status.podIPs[0].ip: \"10.0.0.256\" is not an IP address",

@@ -65,6 +65,8 @@ fn options() -> Options {
         non_finite_float_policy: NonFiniteFloatPolicy::AsString,
         // As kubectl reads YAML: 0120 is 80.
         legacy_octal_numbers: true,
+        // As YAML 1.2 reads it: a namespace may be called `y`. (kubectl refuses it unquoted, which no name deserves.)
+        strict_booleans: true,
         with_snippet: false,
     }
 }

@@ -1,5 +1,5 @@
-//! One address comes under our rules, or leaves them, and nothing changes for anybody else: the common case of a pod
-//! that starts or ends, without rebuilding the large sets that it is a peer in.
+//! One address comes under (more of) our rules, or leaves them, and nothing changes for anybody else: the common case
+//! of a pod that starts or ends, without rebuilding the large sets that it is a peer in.
 //!
 //! It comes: what its own ingress needs is filled in first (named ports on itself, of which nobody else's flows know);
 //! then its isolation is switched at once; then it becomes a peer of others, set by set, which only allows more. A flow
@@ -51,7 +51,7 @@ impl OneAddress<'_, '_> {
             Way::Leaves => (planner.desired, planner.actual),
         };
         let plan = OneAddress { planner, way, uses: Uses::of(&more.chains) };
-        (is_not_local(less, address) && plan.is_all_else_equal(less, more, address)).then(|| plan.steps())?
+        plan.is_all_else_equal(less, more, address).then(|| plan.steps())?
     }
 
     /// Whether the chains differ in what concerns the address only: jumps for it alone, their chains, and the rules
@@ -126,13 +126,6 @@ impl OneAddress<'_, '_> {
 /// A chain that stays only because somebody else's rules lead to it.
 fn planner_keeps(planner: &Planner<'_>, name: &Name, chain: &Chain) -> bool {
     planner.actual.claimed.contains(name) && chain.is_empty()
-}
-
-/// Whether no policy isolates the address.
-fn is_not_local(state: &State, address: IpAddr) -> bool {
-    let uses = Uses::of(&state.chains);
-    let mut local = state.sets.iter().filter(|(name, _)| uses.is_local(name));
-    !local.any(|(_, set)| set.has_address(address))
 }
 
 /// Whether a base chain of `more` is that of `less` with jumps added whose subjects are the address alone.
