@@ -29,7 +29,7 @@ mod evaluate;
 mod expect;
 mod table;
 
-pub use evaluate::evaluate;
+pub use evaluate::{Evaluator, evaluate};
 pub use expect::{Difference, Expectation, ExpectationError};
 
 /// What is asked.

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
-use npm_agent::matrix::{Cell, Engine, Matrix, Probe, Request, Rows, evaluate};
+use npm_agent::matrix::{Cell, Engine, Evaluator, Matrix, Probe, Request, Rows};
 use npm_agent::source::Problem;
 use npm_agent::source::manifests::{self, Reading};
 use npm_policy::goal::Family;
@@ -140,9 +140,11 @@ fn every_engine_agrees_with_the_documentation() {
     let mut failures = String::new();
     let mut wrong = BTreeSet::new();
     let mut compared: BTreeMap<Engine, usize> = BTreeMap::new();
+    let mut evaluator = Evaluator::default();
     for (file, case) in &all {
         let request = request(case, read(case).0);
-        let matrix = evaluate(&request).unwrap_or_else(|error| panic!("{file}: {}: {error}", case.name));
+        let matrix =
+            evaluator.evaluate(&request).unwrap_or_else(|error| panic!("{file}: {}: {error}", case.name));
         for (engine, tables) in &matrix.engines {
             for (probe, rows) in tables {
                 let expected = &case.expect[&probe.to_string()];

@@ -18,34 +18,60 @@ use crate::backend::iptables::render::{Rendered, RenderedError};
 
 use super::{Cell, Endpoint, Engine, Matrix, MatrixError, Probe, Request, Rows, endpoints, named_probes};
 
+/// Answers requests, and keeps the eBPF program that it has loaded for one for the next.
+#[derive(Default)]
+pub struct Evaluator {
+    kernel: Option<Kernel>,
+}
+
 /// Answers a request. The engines work on all processors.
 ///
 /// # Errors
-/// The request is ambiguous, or an engine can't be asked.
+/// As [`Evaluator::evaluate`].
 pub fn evaluate(request: &Request) -> Result<Matrix, MatrixError> {
-    let Request { world, probes, externals, family, engines } = request;
-    let mut seen = BTreeSet::new();
-    let mut probes: Vec<Probe> = probes.iter().copied().filter(|probe| seen.insert(*probe)).collect();
-    if probes.is_empty() {
-        probes = named_probes(world);
+    Evaluator::default().evaluate(request)
+}
+
+impl Evaluator {
+    /// Answers a request. The engines work on all processors, but for the kernel's.
+    ///
+    /// # Errors
+    /// The request is ambiguous, or an engine can't be asked.
+    pub fn evaluate(&mut self, request: &Request) -> Result<Matrix, MatrixError> {
+        let Request { world, probes, externals, family, engines } = request;
+        let mut seen = BTreeSet::new();
+        let mut probes: Vec<Probe> = probes.iter().copied().filter(|probe| seen.insert(*probe)).collect();
+        if probes.is_empty() {
+            probes = named_probes(world);
+        }
+        let endpoints = endpoints(world, externals, *family);
+        let mut names = BTreeSet::new();
+        if let Some(twice) = endpoints.iter().find(|endpoint| !names.insert(&endpoint.name)) {
+            return Err(MatrixError::Ambiguous { name: twice.name.clone() });
+        }
+        let question = Question { world, probes: &probes, endpoints: &endpoints };
+        let mut answers = BTreeMap::new();
+        for engine in engines {
+            let decisions = match engine {
+                Engine::Oracle => question.ask_oracle(),
+                Engine::Goal => question.ask_nodes(Judge::Goal)?,
+                Engine::Iptables => {
+                    question.ask_nodes(|goal| Judge::Iptables(Box::new(Rendered::of(&goal))))?
+                }
+                Engine::Ebpf => question.ask_kernel(self.kernel()?)?,
+            };
+            answers.insert(*engine, question.tables(&decisions));
+        }
+        Ok(Matrix { probes, endpoints, engines: answers })
     }
-    let endpoints = endpoints(world, externals, *family);
-    let mut names = BTreeSet::new();
-    if let Some(twice) = endpoints.iter().find(|endpoint| !names.insert(&endpoint.name)) {
-        return Err(MatrixError::Ambiguous { name: twice.name.clone() });
-    }
-    let question = Question { world, probes: &probes, endpoints: &endpoints };
-    let mut answers = BTreeMap::new();
-    for engine in engines {
-        let decisions = match engine {
-            Engine::Oracle => question.ask_oracle(),
-            Engine::Goal => question.ask_nodes(Judge::Goal)?,
-            Engine::Iptables => question.ask_nodes(|goal| Judge::Iptables(Box::new(Rendered::of(&goal))))?,
-            Engine::Ebpf => question.ask_kernel(&mut Kernel::load()?)?,
+
+    fn kernel(&mut self) -> Result<&mut Kernel, MatrixError> {
+        let kernel = match self.kernel.take() {
+            Some(kernel) => kernel,
+            None => Kernel::load()?,
         };
-        answers.insert(*engine, question.tables(&decisions));
+        Ok(self.kernel.insert(kernel))
     }
-    Ok(Matrix { probes, endpoints, engines: answers })
 }
 
 /// What one node's rules do with flows.

@@ -8,8 +8,8 @@
 //!   policy.
 //! - Named ports in ingress are the endpoint's own numbers: plain ports of its policy. In egress they are the other
 //!   end's, so who and which port are one question: (address, protocol, port) has a row in `pairs`, whose bits count
-//!   like the address's own, for this flow only. Such a bit stands only in rows of its rule's protocol, so it does not
-//!   matter that a named port's set holds every protocol's numbers.
+//!   like the address's own, for this flow only. So a rule's named ports may stand in every row of a policy, and cut no
+//!   range of ports in two.
 //! - What does not fit is an error. Nothing is left out.
 
 mod peers;
@@ -209,11 +209,8 @@ fn union<const W: usize>(
                                 union.allow(at, at, &who);
                             }
                         }
-                        Direction::Egress => {
-                            let number = port.protocol.number();
-                            let row = peers.pairs(&port.set, &clause.peers);
-                            union.allow(position(number, 0), position(number, u16::MAX), &row);
-                        }
+                        // The bit says which port: whatever row a flow meets may hold it.
+                        Direction::Egress => union.allow_everything(&peers.pairs(port, &clause.peers)),
                     }
                 }
             }

@@ -52,11 +52,12 @@ fn line(out: &mut String, text: &dyn std::fmt::Display) {
 
 impl<const W: usize> Words<'_, W> {
     fn policies(&self, out: &mut String) {
-        line(out, &"# policies: whom a port allows; \"otherwise\" is every other port and protocol");
+        line(out, &"# policies: \"any\" is every port and every protocol; a port allows those and its own");
         let ids = (0..).zip(&self.lowered.policies);
         for (id, policy) in ids.filter(|(id, _)| *id != NOT_ISOLATED) {
             let Policy { first, segments, rest, pairs: _ } = policy;
             line(out, &format_args!("policy {id}"));
+            line(out, &format_args!("  any: {}", self.row(*rest, None)));
             for index in *first..first.saturating_add(*segments) {
                 let Some(segment) = self.lowered.segments.get(index as usize) else { continue };
                 let (first, last) = (segment.first & 0xffff, segment.last & 0xffff);
@@ -66,9 +67,8 @@ impl<const W: usize> Words<'_, W> {
                     _ if first == last => format!("{name}/{first}"),
                     _ => format!("{name}/{first}-{last}"),
                 };
-                line(out, &format_args!("  {ports}: {}", self.row(segment.row)));
+                line(out, &format_args!("  {ports}: {}", self.row(segment.row, Some(*rest))));
             }
-            line(out, &format_args!("  otherwise: {}", self.row(*rest)));
         }
     }
 
@@ -107,11 +107,13 @@ impl<const W: usize> Words<'_, W> {
         }
     }
 
-    fn row(&self, index: u32) -> String {
-        match self.lowered.rows.get(index as usize) {
-            Some(bits) => self.peers(bits),
-            None => format!("row {index}, which is not there"),
-        }
+    /// The peers of a row, without those of another.
+    fn row(&self, index: u32, without: Option<u32>) -> String {
+        let bits = |index: u32| self.lowered.rows.get(index as usize).copied();
+        let without = without.and_then(bits).unwrap_or([0; W]);
+        let Some(mut row) = bits(index) else { return format!("row {index}, which is not there") };
+        row.iter_mut().zip(without).for_each(|(word, without)| *word &= !without);
+        self.peers(&row)
     }
 
     fn peers(&self, bits: &Bits<W>) -> String {
@@ -124,10 +126,12 @@ impl<const W: usize> Words<'_, W> {
         match self.lowered.bits.get(number) {
             Some(Bit::Any) => "anybody".to_owned(),
             Some(Bit::Peer(set)) => set_name(set),
-            Some(Bit::Pairs { set, peers: PeerMatch::Any }) => set_name(set),
-            Some(Bit::Pairs { set, peers: PeerMatch::Sets(of) }) => {
+            Some(Bit::Pairs { protocol, set, peers: PeerMatch::Any }) => {
+                format!("{protocol} {}", set_name(set))
+            }
+            Some(Bit::Pairs { protocol, set, peers: PeerMatch::Sets(of) }) => {
                 let of: Vec<String> = of.iter().map(set_name).collect();
-                format!("{} of {}", set_name(set), of.join(" or "))
+                format!("{protocol} {} of {}", set_name(set), of.join(" or "))
             }
             None => format!("bit {number}, which is nobody's"),
         }

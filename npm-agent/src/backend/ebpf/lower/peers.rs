@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use npm_common::layout::{
     Address, Bits, Endpoint, MAX_ENDPOINTS, MAX_MEMBERS, MAX_NETWORKS, MAX_PAIRS, V4, V6, set_bit,
 };
-use npm_policy::goal::{Family, Goal, Member, PeerMatch, PortMatch, SetKey};
+use npm_policy::goal::{Family, Goal, Member, NamedMatch, PeerMatch, PortMatch, SetKey};
 use npm_policy::model::{Block, Protocol};
 
 use super::union::join;
@@ -23,6 +23,8 @@ pub enum Bit {
     Peer(SetKey),
     /// The destination's (address, protocol, port) is in the set, and its address is one of the peers.
     Pairs {
+        /// The protocol that the rule names.
+        protocol: Protocol,
         /// A [`SetKey::Ports`].
         set: SetKey,
         /// Whose.
@@ -165,11 +167,9 @@ impl<const W: usize> Peers<W> {
             for clause in program.egress.iter().flatten() {
                 match &clause.ports {
                     PortMatch::Any => {}
-                    PortMatch::Only { ranges: _, named } => bits.extend(
-                        named
-                            .iter()
-                            .map(|port| Bit::Pairs { set: port.set.clone(), peers: clause.peers.clone() }),
-                    ),
+                    PortMatch::Only { ranges: _, named } => {
+                        bits.extend(named.iter().map(|port| pairs_bit(port, &clause.peers)));
+                    }
                 }
             }
         }
@@ -210,9 +210,9 @@ impl<const W: usize> Peers<W> {
     }
 
     /// The row that allows a named port of these peers.
-    pub(super) fn pairs(&self, set: &SetKey, peers: &PeerMatch) -> Bits<W> {
+    pub(super) fn pairs(&self, port: &NamedMatch, peers: &PeerMatch) -> Bits<W> {
         let mut row = [0; W];
-        self.add(&mut row, &Bit::Pairs { set: set.clone(), peers: peers.clone() });
+        self.add(&mut row, &pairs_bit(port, peers));
         row
     }
 
@@ -240,10 +240,12 @@ impl<const W: usize> Peers<W> {
                         }
                     }
                 }
-                Bit::Pairs { set, peers } => {
+                Bit::Pairs { protocol: wanted, set, peers } => {
                     for member in members::<A>(goal, set) {
                         match member {
-                            Member::Port(ip, protocol, port) if is_peer(goal, peers, *ip) => {
+                            Member::Port(ip, protocol, port)
+                                if protocol == wanted && is_peer(goal, peers, *ip) =>
+                            {
                                 if let Some(address) = A::of(*ip) {
                                     let pair = address.pair(protocol.number(), *port);
                                     set_bit(maps.pairs.entry(pair).or_insert([0; W]), number);
@@ -296,6 +298,10 @@ impl<const W: usize> Peers<W> {
         };
         nets.iter().filter_map(|net| Some((Prefix::of(*net)?, row(net)))).collect()
     }
+}
+
+fn pairs_bit(port: &NamedMatch, peers: &PeerMatch) -> Bit {
+    Bit::Pairs { protocol: port.protocol, set: port.set.clone(), peers: peers.clone() }
 }
 
 fn is_peer(goal: &Goal, peers: &PeerMatch, address: IpAddr) -> bool {
