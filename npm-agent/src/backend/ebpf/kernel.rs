@@ -34,8 +34,8 @@ pub enum KernelError {
     /// The kernel did not take the object.
     #[error("cannot load the eBPF object")]
     Object(#[source] EbpfError),
-    /// The verifier refused the program.
-    #[error("cannot load the eBPF program")]
+    /// The verifier refused the program: the kernel lacks something, or the process lacks CAP_PERFMON.
+    #[error("cannot load the eBPF program (unless root, it needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN)")]
     Program(#[source] ProgramError),
     /// The object lacks a part.
     #[error("the eBPF object has no {name}")]
@@ -114,14 +114,16 @@ impl Kernel {
     }
 }
 
+/// "Operation not permitted" (include/uapi/asm-generic/errno-base.h). The other lack of permission, EACCES, is also what
+/// the verifier says of a program that it does not like.
+const EPERM: i32 = 1;
+
 /// Tells a lack of privilege from everything else.
 fn permitted<E: Error + Send + Sync + 'static>(error: E, other: impl Fn(E) -> KernelError) -> KernelError {
     let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
     let mut refused = false;
     while let Some(this) = cause {
-        refused |= this
-            .downcast_ref::<io::Error>()
-            .is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied);
+        refused |= this.downcast_ref::<io::Error>().is_some_and(|error| error.raw_os_error() == Some(EPERM));
         cause = this.source();
     }
     if refused { KernelError::NotPermitted { source: Box::new(error) } } else { other(error) }
