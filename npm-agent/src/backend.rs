@@ -16,6 +16,10 @@ pub trait Backend: Send {
     /// The name that operators know it by: `iptables`, `ebpf`.
     fn name(&self) -> &'static str;
 
+    /// Whether the kernel holds what an earlier process of ours enforces and this process has not replaced yet. Asked
+    /// before the first [`Backend::apply`]; until then [`Backend::verify`] keeps that state as it was found.
+    fn inherits(&self) -> bool;
+
     /// Makes the kernel enforce `goal`, writing only what differs.
     ///
     /// Between two goals no flow that both deny gets through and none that both allow is lost, also if the process
@@ -100,6 +104,14 @@ pub enum BackendError {
         status: String,
         /// What it said, trimmed.
         stderr: String,
+    },
+    /// A program did not end in time, and was killed.
+    #[error("{program} did not end within {after:?}")]
+    TimedOut {
+        /// The program, with its arguments.
+        program: String,
+        /// How long it was waited for.
+        after: std::time::Duration,
     },
     /// What a program printed is not what we know how to read.
     #[error("cannot read the output of {program}: {detail}")]

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::config::RUN_DIRECTORY;
 
@@ -44,10 +45,31 @@ pub fn take_network_namespace() -> Result<Lock, LockError> {
     let inode = std::fs::metadata(namespace)
         .map_err(|source| LockError::Io { path: namespace.to_owned(), source })?
         .ino();
-    Lock::take(Path::new(RUN_DIRECTORY).join(format!("netns-{inode}.lock")))
+    Lock::take_patiently(Path::new(RUN_DIRECTORY).join(format!("netns-{inode}.lock")))
 }
 
+/// How long an agent that starts waits for a lock. The holder may have been killed while it started a program: the
+/// program's process holds what it inherited until it has become that program.
+const PATIENCE: Duration = Duration::from_secs(3);
+
 impl Lock {
+    /// As [`Lock::take`], but waits a few seconds for whoever holds it.
+    ///
+    /// # Errors
+    /// See [`LockError`]; nothing is held then.
+    pub fn take_patiently(path: impl Into<PathBuf>) -> Result<Self, LockError> {
+        let path = path.into();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match Self::take(&path) {
+                Err(LockError::Held { .. }) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
     /// Takes the lock without waiting, and makes its directory if it is not there.
     ///
     /// # Errors
@@ -116,6 +138,19 @@ mod tests {
         assert!(!path.exists());
         std::fs::write(&path, "left behind by a killed process").unwrap();
         drop(Lock::take(&path).unwrap());
+    }
+
+    #[test]
+    fn a_lock_that_is_let_go_soon_is_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("soon.lock");
+        let lock = Lock::take(&path).unwrap();
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| Lock::take_patiently(&path).map(drop));
+            std::thread::sleep(Duration::from_millis(100));
+            drop(lock);
+            waiter.join().unwrap().unwrap();
+        });
     }
 
     #[test]

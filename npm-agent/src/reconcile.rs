@@ -20,10 +20,10 @@ use npm_policy::compile::{Compiler, Warning};
 use npm_policy::goal::Goal;
 use npm_policy::world::Change;
 use tokio::sync::{mpsc, oneshot};
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use self::worker::{Target, Worker};
-use crate::source::{Event, Problem};
+use crate::source::{Completeness, Event, Problem};
 use crate::status::report::{ObjectProblem, SourceStatus, Status, WorldStatus};
 
 /// How many events are taken in one go; more wait for the next. It bounds how long a question waits for its answer.
@@ -93,9 +93,12 @@ pub struct Reconcile {
 }
 
 /// Whether the source has sent everything that was there when it started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Sync {
     Waiting,
+    /// All but this. What an earlier process enforces may be in there, so it stays as it is; where there is nothing of
+    /// that kind, what was sent is stricter than nothing.
+    Incomplete(Vec<String>),
     Done,
 }
 
@@ -167,10 +170,7 @@ impl Reconcile {
             match event {
                 Event::Changes(more) => changes.extend(more),
                 Event::Problems { origin, problems } => self.replace_problems(origin, problems),
-                Event::InSync => {
-                    info!("source is in sync");
-                    self.sync = Sync::Done;
-                }
+                Event::InSync(completeness) => self.in_sync(completeness),
                 Event::Refreshed(number) => refreshed = refreshed.max(Some(number)),
             }
         }
@@ -179,8 +179,9 @@ impl Reconcile {
             self.compiler.apply(changes);
             self.replace_warnings();
         }
-        if self.sync == Sync::Done {
-            self.publish();
+        match self.sync {
+            Sync::Waiting => {}
+            Sync::Incomplete(_) | Sync::Done => self.publish(),
         }
         if let Some(number) = refreshed {
             let (answered, waiting) = self.waiting.drain(..).partition(|(asked, _)| *asked <= number);
@@ -191,11 +192,41 @@ impl Reconcile {
         }
     }
 
-    /// Leaves the goal with the workers, if it is another than the one they have.
+    fn in_sync(&mut self, completeness: Completeness) {
+        match completeness {
+            Completeness::Complete => {
+                info!("source is in sync");
+                self.sync = Sync::Done;
+            }
+            Completeness::Incomplete { unread } if self.sync != Sync::Done => {
+                let held = self.workers.iter().any(Worker::inherits);
+                let done = if held {
+                    "what an earlier process programmed stays as it is until then"
+                } else {
+                    "only what could be read is enforced until then"
+                };
+                error!(unread = unread.join(", "), done, "not all that was there at the start can be read");
+                self.sync = Sync::Incomplete(unread);
+            }
+            Completeness::Incomplete { unread } => {
+                debug!(unread = unread.join(", "), "incomplete after it was complete: passed over");
+            }
+        }
+    }
+
+    /// Leaves the goal with the workers, if it is another than the one they have. Those that inherit get none before
+    /// the source has read everything.
     fn publish(&mut self) {
+        let is_complete = self.sync == Sync::Done;
         let goal = self.compiler.goal();
         let generation = match &self.published {
-            Some(published) if published.goal == goal => return,
+            Some(published) if published.goal == goal => {
+                // It may have been held back until now.
+                for worker in self.workers.iter().filter(|worker| is_complete && worker.inherits()) {
+                    worker.publish(published.clone());
+                }
+                return;
+            }
             Some(published) => published.generation + 1,
             None => 1,
         };
@@ -208,7 +239,7 @@ impl Reconcile {
             "new goal"
         );
         let target = Target { generation, goal };
-        for worker in &self.workers {
+        for worker in self.workers.iter().filter(|worker| is_complete || !worker.inherits()) {
             worker.publish(target.clone());
         }
         self.published = Some(target);
@@ -245,6 +276,8 @@ impl Reconcile {
             Freshness::Now => self.reply(ask.reply),
             Freshness::Refreshed => {
                 self.asked += 1;
+                // Who has gone would be kept for as long as the source does not answer.
+                self.waiting.retain(|(_, reply)| !reply.is_closed());
                 self.waiting.push((self.asked, ask.reply));
             }
         }
@@ -272,7 +305,14 @@ impl Reconcile {
             instance: self.identity.instance.clone(),
             started: self.started,
             known_differences: self.identity.known_differences.clone(),
-            source: SourceStatus { in_sync: self.sync == Sync::Done, problems: problems.collect() },
+            source: SourceStatus {
+                in_sync: self.sync == Sync::Done,
+                unread: match &self.sync {
+                    Sync::Incomplete(unread) => unread.clone(),
+                    Sync::Waiting | Sync::Done => Vec::new(),
+                },
+                problems: problems.collect(),
+            },
             warnings: self.warnings.iter().map(ToString::to_string).collect(),
             world: WorldStatus {
                 pods: world.pods().count(),

@@ -18,11 +18,24 @@ pub enum Event {
         /// Everything that is wrong there.
         problems: Vec<Problem>,
     },
-    /// Everything that was there when the source started has been sent. Sent once; nothing may be programmed before.
-    InSync,
+    /// Everything that was there when the source started, and could be read, has been sent; nothing may be programmed
+    /// before. Sent again when what could not be read changes, until it is [`Completeness::Complete`], which is final.
+    InSync(Completeness),
     /// The answer to a refresh request with this number: everything that was there when the request was made has
     /// been sent.
     Refreshed(u64),
+}
+
+/// Whether the source knows all that was there when it started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Completeness {
+    /// Not yet: an earlier process may have enforced what is in here, and this one has never read it.
+    Incomplete {
+        /// The files or watches, sorted; not empty.
+        unread: Vec<String>,
+    },
+    /// Yes. What breaks from now on keeps its last good objects.
+    Complete,
 }
 
 /// Something that a source could not take as it stands.

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use npm_agent::source::manifests::{ManifestsError, run};
-use npm_agent::source::{Event, Problem};
+use npm_agent::source::{Completeness, Event, Problem};
 use npm_policy::world::{Change, World};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -26,6 +26,7 @@ struct Told {
     world: World,
     problems: std::collections::BTreeMap<String, Vec<Problem>>,
     bursts: usize,
+    completeness: Option<Completeness>,
     events: mpsc::Receiver<Event>,
     refresh: mpsc::Sender<u64>,
     number: u64,
@@ -39,8 +40,9 @@ impl Told {
         let (refresh, refreshes) = mpsc::channel(1);
         let source = tokio::spawn(run(directory.to_owned(), sender, refreshes));
         let (world, problems) = Default::default();
-        let mut told = Self { world, problems, bursts: 0, events, refresh, number: 0, source };
-        while !matches!(told.next().await, Some(Event::InSync)) {}
+        let mut told =
+            Self { world, problems, bursts: 0, completeness: None, events, refresh, number: 0, source };
+        told.until(|told| told.completeness.is_some()).await;
         told
     }
 
@@ -57,7 +59,11 @@ impl Told {
                 self.problems.insert(origin, problems);
                 None
             }
-            event @ (Event::InSync | Event::Refreshed(_)) => Some(event),
+            Event::InSync(completeness) => {
+                self.completeness = Some(completeness);
+                None
+            }
+            event @ Event::Refreshed(_) => Some(event),
         }
     }
 
@@ -74,7 +80,7 @@ impl Told {
         loop {
             match self.next().await {
                 Some(Event::Refreshed(number)) if number == self.number => return,
-                Some(Event::Changes(_) | Event::Problems { .. } | Event::InSync | Event::Refreshed(_))
+                Some(Event::Changes(_) | Event::Problems { .. } | Event::InSync(_) | Event::Refreshed(_))
                 | None => {}
             }
         }
@@ -179,6 +185,60 @@ async fn a_broken_file_keeps_its_objects() {
     told.refresh().await;
     assert_eq!(told.names(), ["b", "z"]);
     assert_eq!(told.messages(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn what_is_broken_at_the_start_is_named_until_it_was_readable_once() {
+    let directory = directory();
+    let path = |name: &str| directory.path().join(name);
+    fs::write(path("a.yaml"), policy("a", 1)).unwrap();
+    fs::write(path("b.yaml"), "kind: [").unwrap();
+    fs::write(path("c.yaml"), b"\xff").unwrap();
+    fs::write(path("d.yaml"), "").unwrap();
+    let mut told = Told::start(directory.path()).await;
+    assert_eq!(told.names(), ["a"]);
+    let unread = |names: &[&str]| {
+        let unread = names.iter().map(|name| path(name).display().to_string()).collect();
+        Some(Completeness::Incomplete { unread })
+    };
+    // An empty file may just be written.
+    assert_eq!(told.completeness, unread(&["b.yaml", "c.yaml", "d.yaml"]));
+    fs::write(path("b.yaml"), policy("b", 1)).unwrap();
+    told.until(|told| told.completeness == unread(&["c.yaml"])).await;
+    assert_eq!(told.names(), ["a", "b"]);
+    fs::remove_file(path("c.yaml")).unwrap();
+    told.until(|told| told.completeness == Some(Completeness::Complete)).await;
+    fs::write(path("a.yaml"), "kind: [").unwrap();
+    told.refresh().await;
+    assert_eq!(told.names(), ["a", "b"], "known since it was read");
+    assert_eq!(told.completeness, Some(Completeness::Complete));
+}
+
+/// `echo ... > file` truncates first and writes then.
+#[tokio::test]
+async fn a_refresh_waits_for_a_file_that_is_begun() {
+    let directory = directory();
+    let file = directory.path().join("a.yaml");
+    fs::write(&file, policy("a", 1)).unwrap();
+    let mut told = Told::start(directory.path()).await;
+    fs::write(&file, "").unwrap();
+    let written = std::thread::spawn({
+        let file = file.clone();
+        move || {
+            std::thread::sleep(Duration::from_millis(300));
+            fs::write(file, policy("b", 1)).unwrap();
+        }
+    });
+    told.refresh().await;
+    assert_eq!((told.names(), told.bursts), (vec!["b"], 2), "the policy was never away");
+    written.join().unwrap();
+
+    // A file that is truncated for good is empty in the end.
+    fs::write(&file, "").unwrap();
+    let start = std::time::Instant::now();
+    told.refresh().await;
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    told.until(|told| told.names().is_empty()).await;
 }
 
 #[tokio::test]

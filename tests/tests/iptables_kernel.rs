@@ -489,7 +489,7 @@ fn without_sctp(variant: Variant) -> (tempfile::TempDir, Tools) {
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(&file, mode).unwrap();
     }
-    let tools = Tools { directory: Some(directory.path().to_owned()) };
+    let tools = Tools { directory: Some(directory.path().to_owned()), ..Tools::default() };
     (directory, tools)
 }
 

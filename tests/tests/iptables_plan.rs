@@ -15,7 +15,8 @@ use npm_policy::compile::Compiler;
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::{Family, Goal, Member};
 use npm_policy::model::{
-    NamedPort, Peer, Peers, Pod, PodNetwork, Policy, Port, Ports, Protocol, Rule, Selector,
+    Block, NamedPort, NamespaceScope, Operator, Peer, Peers, Pod, PodKey, PodNetwork, PodPhase, Policy,
+    PolicyKey, Port, Ports, Protocol, Requirement, Rule, Selector,
 };
 use npm_policy::world::Change;
 use npm_tests::random::{NODES, SplitMix, flows, sequence, world};
@@ -204,12 +205,15 @@ enum Slant {
     Subjects,
     /// The names of pods' ports change places.
     Ports,
+    /// Peers and the names of ports change, both, of which rules ask both.
+    Named,
     /// Pods come and go while policies with the peers of others come, go and move.
     Arrivals,
 }
 
 impl Slant {
-    const ALL: [Self; 5] = [Self::Plain, Self::Peers, Self::Subjects, Self::Ports, Self::Arrivals];
+    const ALL: [Self; 6] =
+        [Self::Plain, Self::Peers, Self::Subjects, Self::Ports, Self::Named, Self::Arrivals];
 
     /// An object of the world at the start. Everybody is on one node: both ends of a flow are judged there.
     fn of_object(self, change: Change) -> Change {
@@ -219,7 +223,7 @@ impl Slant {
                 Change::Pod(key, Some(pod))
             }
             Change::Policy(key, Some(mut policy)) => {
-                if self == Self::Peers {
+                if matches!(self, Self::Peers | Self::Named) {
                     policy.subjects = Selector::everything();
                 }
                 for rule in policy.ingress.iter_mut().chain(&mut policy.egress).flatten() {
@@ -230,11 +234,11 @@ impl Slant {
                             }
                         }
                     }
-                    if self == Self::Ports {
+                    if matches!(self, Self::Ports | Self::Named) {
                         let named = |name: &str| Port::Named { protocol: Protocol::Tcp, name: name.into() };
                         let names = ["http", "dns", "peer"];
-                        let length = key.name.len() + rule_size(rule);
-                        rule.ports = Ports::Only(vec![named(names[length % 3])]);
+                        let number = key.name.bytes().map(usize::from).sum::<usize>() + rule_size(rule);
+                        rule.ports = Ports::Only(vec![named(names[number % 3])]);
                     }
                 }
                 Change::Policy(key, Some(policy))
@@ -262,6 +266,8 @@ impl Slant {
                 let mut pod = Pod { labels: new.labels, ..(**old).clone() };
                 if self == Self::Ports {
                     pod.labels = old.labels.clone();
+                }
+                if matches!(self, Self::Ports | Self::Named) {
                     let names: Vec<_> = old.ports.iter().map(|port| Arc::clone(&port.name)).collect();
                     let turned = names.iter().cycle().skip(1).zip(&old.ports);
                     let protocol = Protocol::Tcp;
@@ -334,7 +340,7 @@ proptest! {
                     let mut kernel = kernel_of(&old, family);
                     walk(&mut kernel, new.family(family), &probes, Some(cut), &seen)?;
                     let again = usize::try_from(numbers.next() % 12).unwrap();
-                    walk(&mut kernel, old.family(family), &probes, Some(again), &seen).ok();
+                    walk(&mut kernel, old.family(family), &probes, Some(again), &seen)?;
                     walk(&mut kernel, new.family(family), &probes, None, &seen)?;
                 }
             }
@@ -384,6 +390,90 @@ proptest! {
             walk(&mut kernel, nothing.family(family), &probes, None, &seen)?;
         }
     }
+}
+
+fn pod(name: &str, address: &str, labels: &[&str]) -> Change {
+    let key = PodKey::new("x", name);
+    let pod = Pod {
+        key: key.clone(),
+        node: Some(NODES[0].into()),
+        labels: labels.iter().map(|label| ((*label).into(), "".into())).collect(),
+        addresses: [address.parse().expect("an address")].into(),
+        network: PodNetwork::Own,
+        phase: PodPhase::Active,
+        ports: BTreeSet::new(),
+        created: 0,
+    };
+    Change::Pod(key, Some(pod))
+}
+
+fn labelled(label: &str) -> Selector {
+    Selector::new([Requirement { key: label.into(), operator: Operator::Exists }])
+}
+
+fn from_pods(label: &str) -> Rule {
+    let peer = Peer::Pods { namespaces: NamespaceScope::Named("x".into()), pods: labelled(label) };
+    Rule { peers: Peers::Only(vec![peer]), ports: Ports::Any }
+}
+
+fn policy(name: &str, subjects: Selector, ingress: Vec<Rule>, egress: Option<Vec<Rule>>) -> Change {
+    let key = PolicyKey::new("x", name);
+    Change::Policy(key.clone(), Some(Policy { key, subjects, ingress: Some(ingress), egress }))
+}
+
+/// From one world to the other and back, through all flows between their pods.
+fn there_and_back(before: &[Change], after: &[Change]) {
+    let seen = Seen::default();
+    let compilers = [before, after].map(|changes| compiler(changes.to_vec()));
+    let [old, new] = [0, 1].map(|index: usize| Rendered::of(&compilers[index].goal()).v4);
+    let probes = probes([&compilers[0], &compilers[1]], Family::V4, 1);
+    let mut kernel = old.clone();
+    walk(&mut kernel, &new, &probes, None, &seen).expect("there");
+    walk(&mut kernel, &old, &probes, None, &seen).expect("back");
+    assert!(seen.checked.get() > 0);
+}
+
+/// One policy forbids all, another allows whom it selects: one pod leaves it as the next comes. With both in for a
+/// moment they would reach each other.
+#[test]
+fn subjects_that_change_places_never_meet() {
+    let any = || vec![Rule { peers: Peers::Any, ports: Ports::Any }];
+    let policies = [
+        policy("none", Selector::everything(), vec![], Some(vec![])),
+        policy("open", labelled("open"), any(), Some(any())),
+    ];
+    let keeper = pod("c", "10.0.0.3", &["open"]);
+    let first = [pod("a", "10.0.0.1", &["open"]), pod("b", "10.0.0.2", &[]), keeper.clone()];
+    let then = [pod("a", "10.0.0.1", &[]), pod("b", "10.0.0.2", &["open"]), keeper];
+    there_and_back(&[&first[..], &policies].concat(), &[&then[..], &policies].concat());
+}
+
+/// A pod comes as a peer just when a policy that allows it comes to somebody else.
+#[test]
+fn a_policy_and_its_peer_come_together() {
+    let base = [
+        pod("y", "10.0.0.4", &["y"]),
+        pod("z", "10.0.0.5", &["z"]),
+        policy("y", labelled("y"), vec![from_pods("peer")], None),
+    ];
+    let more = [pod("a", "10.0.0.1", &["peer"]), policy("z", labelled("z"), vec![from_pods("peer")], None)];
+    there_and_back(&base, &[&base[..], &more].concat());
+}
+
+/// A pod comes as a peer just when the policy that allowed its address allows its label instead.
+#[test]
+fn a_policy_changes_as_its_peer_comes() {
+    let block = Block { cidr: "10.0.0.1/32".parse().expect("a block"), except: BTreeSet::new() };
+    let by_block = Rule { peers: Peers::Only(vec![Peer::Block(block)]), ports: Ports::Any };
+    let base = [
+        pod("y", "10.0.0.4", &["y"]),
+        pod("z", "10.0.0.5", &["z"]),
+        policy("y", labelled("y"), vec![from_pods("peer")], None),
+        policy("z", labelled("z"), vec![by_block], None),
+    ];
+    let more = [pod("a", "10.0.0.1", &["peer"]), policy("z", labelled("z"), vec![from_pods("peer")], None)];
+    // The address is probed before it is a pod's, too: a host's, outside the namespace's labels.
+    there_and_back(&base, &[&base[..], &more].concat());
 }
 
 /// Azure NPM's own state, as `iptables-save` and `ipset save` print it.

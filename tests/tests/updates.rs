@@ -112,7 +112,7 @@ fn run(run: Run) -> Result<()> {
         node: NODE.into(),
         manifests: manifests.clone(),
         directory: directory.path().to_owned(),
-        more: vec!["--iptables-variant".into(), run.dialect.name().into()],
+        more: ["--iptables-variant", run.dialect.name(), "--log-level", "debug"].map(String::from).to_vec(),
     };
     let mut agent = Agent::start(lab.netns(NODE)?, settings)?;
     agent.wait()?;
@@ -130,6 +130,7 @@ fn run(run: Run) -> Result<()> {
         Observer::start(stream)
     });
     let mut spans = Vec::new();
+    let mut kills = Kills::default();
     let mut now = verdicts(&world);
     let mut settled = Instant::now();
     for _ in 0..run.updates {
@@ -144,9 +145,13 @@ fn run(run: Run) -> Result<()> {
         });
         write(&world, &manifests)?;
         if run.fate == Fate::IsKilled {
-            // An update takes tens of milliseconds from the file to the last write.
-            std::thread::sleep(Duration::from_micros(numbers.next() % 40_000));
-            agent.kill_and_restart()?;
+            // The source waits for 100 ms of quiet; an agent that starts reads at once. So the first kill may come at any
+            // point of noticing, and the next ones at any point of starting, planning and writing.
+            for within_ms in [150, 60, 60] {
+                std::thread::sleep(Duration::from_micros(numbers.next() % (within_ms * 1000)));
+                kills.note(&agent.log());
+                agent.kill_and_restart()?;
+            }
         }
         agent.wait().with_context(|| what.clone())?;
         settled = Instant::now();
@@ -158,12 +163,55 @@ fn run(run: Run) -> Result<()> {
     spans.push(Span { from: settled, to: Instant::now(), expected: now.map(Some), what: "the end".into() });
     let traces = streams.map(|stream| stream?.stop());
     agent.terminate()?;
+    if run.fate == Fate::IsKilled {
+        eprintln!(
+            "  {} kills, {} of them between a new goal and the end of its writes",
+            kills.all, kills.at_work
+        );
+        ensure!(kills.at_work * 10 >= kills.all, "hardly any kill hit the agent at work");
+    }
     for (index, trace) in traces.into_iter().enumerate() {
         let trace = trace?;
         ensure!(trace.rate() >= 5000.0, "only {:.0} flows a second", trace.rate());
+        ensure!(
+            blind_share(&trace) <= 0.05,
+            "{:.1} % of the time nothing was sent",
+            blind_share(&trace) * 100.0
+        );
         judge(index, &trace, &spans)?;
     }
     Ok(())
+}
+
+/// The share of the time that lies in pauses of more than a millisecond, in which an opening would go unseen.
+fn blind_share(trace: &observer::Trace) -> f64 {
+    let pauses = trace.sent.windows(2).map(|pair| pair[1].before - pair[0].before);
+    let blind: Duration = pauses.filter(|pause| *pause > Duration::from_millis(1)).sum();
+    match (trace.sent.first(), trace.sent.last()) {
+        (Some(first), Some(last)) => blind.as_secs_f64() / (last.after - first.before).as_secs_f64(),
+        (None, _) | (_, None) => 1.0,
+    }
+}
+
+/// Where the kills hit, by the agent's log.
+#[derive(Default)]
+struct Kills {
+    all: usize,
+    at_work: usize,
+    read: usize,
+}
+
+impl Kills {
+    /// Looks at what the agent has said since the last kill.
+    fn note(&mut self, log: &str) {
+        let said = log.get(self.read..).unwrap_or_default();
+        self.read = log.len();
+        self.all += 1;
+        let last = |text: &str| said.rfind(text);
+        let done = last("\"programmed\"").max(last("already as it should be"));
+        self.at_work +=
+            usize::from(last("new goal").is_some_and(|begun| done.is_none_or(|done| done < begun)));
+    }
 }
 
 /// Every packet that was sent while its verdict was certain must have met it.
@@ -186,12 +234,13 @@ fn judge(stream: usize, trace: &observer::Trace, spans: &[Span]) -> Result<()> {
     let [denied, allowed] = certain;
     let total = trace.sent.len();
     eprintln!(
-        "  stream {stream}: {total} new flows, {:.0} a second; {denied} to be denied, {allowed} to be allowed, {} wrong",
+        "  stream {stream}: {total} new flows, {:.0} a second, blind for {:.2} % of the time; {denied} to be denied, {allowed} to be allowed, {} wrong",
         trace.rate(),
+        blind_share(trace) * 100.0,
         wrong.len()
     );
     ensure!(
-        denied * 10 > total && allowed * 10 > total,
+        denied * 40 > total && allowed * 40 > total,
         "one of the verdicts is rare: {denied}, {allowed} of {total}"
     );
     ensure!(wrong.is_empty(), "{} packets met neither state's verdict, the first: {}", wrong.len(), wrong[0]);

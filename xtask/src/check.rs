@@ -94,7 +94,9 @@ const STEPS: &[Step] = &[
         run: |tree, log| {
             // Tests of the lab find the agent's binary beside their own: the step before has built it.
             tree.cargo().args(["test", "--locked", "--workspace", "--no-fail-fast"]).run(log)?;
-            Ok(None)
+            // The tests themselves say so too, but a test runner hides what a test that passes prints.
+            Ok((!packages::is_root()?)
+                .then(|| "SKIPPED, NOT TESTED: everything that needs root (the lab, kernels)".to_owned()))
         },
     },
     Step {

@@ -80,27 +80,24 @@ pub struct Iptables {
     families: Vec<Family>,
     /// What the last apply left in the kernel; before the first, what an earlier process did.
     last: Option<Left>,
+    /// Drift that applies have found which then failed: the next success tells of it.
+    untold: Vec<String>,
 }
 
 /// What an apply left in the kernel.
 #[derive(Clone, Debug)]
 struct Left {
+    /// What the goal asks for.
+    wanted: BTreeMap<Family, State>,
+    /// The same without what the kernel does not take.
     states: BTreeMap<Family, State>,
     people: BTreeMap<Name, Name>,
     refusals: Refusals,
     /// Sets that rules of others hold fast.
     spared: BTreeSet<Name>,
-    /// Whether all of it got there.
-    completeness: Completeness,
-}
-
-/// Whether an apply came to its end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Completeness {
-    /// It failed on the way: what is missing is our own doing.
-    Partial,
-    /// It is all there: what is missing was taken by someone else.
-    Whole,
+    /// The families whose state is all there: what is missing was taken by someone else. In the others a failure on
+    /// the way may have left it out.
+    whole: BTreeSet<Family>,
 }
 
 impl Iptables {
@@ -123,7 +120,7 @@ impl Iptables {
             states.insert(*family, readback::state(&tools, variant, *family, &sets)?);
         }
         let last = Left::inherited(states);
-        Ok(Self { tools, variant, placement, lock_wait, families, last })
+        Ok(Self { tools, variant, placement, lock_wait, families, last, untold: Vec::new() })
     }
 
     /// The iptables that is used.
@@ -145,38 +142,79 @@ impl Iptables {
         self.families.iter().map(|family| Ok((*family, self.read_family(*family, &sets)?))).collect()
     }
 
+    /// Makes the kernel hold `left`, and keeps in mind what became of it.
+    fn leave(&mut self, mut left: Left, before: Option<&Left>) -> Result<Applied, BackendError> {
+        let mut applied = Applied { drift: std::mem::take(&mut self.untold), ..Applied::default() };
+        let outcome = self.converge(&mut left, before, &mut applied);
+        applied.degraded = left.refusals.degraded();
+        self.last = Some(left);
+        outcome.inspect_err(|_| self.untold = std::mem::take(&mut applied.drift)).map(|()| applied)
+    }
+
+    /// Whether the kernel takes a rule.
+    fn probe(&self, family: Family, rule: &Line) -> bool {
+        write::probe(&self.tools, self.variant, family, self.lock_wait, rule)
+    }
+
     fn read_family(&self, family: Family, sets: &Sets) -> Result<State, BackendError> {
         readback::state(&self.tools, self.variant, family, sets)
     }
 
     /// Converges the kernel to `left`, and notes in it what the kernel would not take. Differences to `before` are drift.
+    /// A family that fails does not keep the other from its rules.
+    ///
+    /// # Errors
+    /// The first failure, after both were tried.
     fn converge(
         &self,
         left: &mut Left,
         before: Option<&Left>,
         applied: &mut Applied,
     ) -> Result<(), BackendError> {
-        let mut before = before.filter(|before| before.completeness == Completeness::Whole);
+        let mut outcome = Ok(());
+        let mut sets = None;
+        for family in &self.families {
+            let converged = self.converge_family(*family, &mut sets, left, before, applied);
+            if let (Err(error), Err(_)) = (&converged, &outcome) {
+                tracing::warn!(?family, %error, "the second family fails as well");
+            }
+            outcome = outcome.and(converged);
+        }
+        outcome
+    }
+
+    /// Converges one family. `sets` is what is known of the sets, if it is fresh.
+    fn converge_family(
+        &self,
+        family: Family,
+        sets: &mut Option<Sets>,
+        left: &mut Left,
+        before: Option<&Left>,
+        applied: &mut Applied,
+    ) -> Result<(), BackendError> {
+        let mut before = before.filter(|before| before.whole.contains(&family));
         let mut attempt = 0;
         loop {
-            let error = match self.attempt(left, before.take(), applied) {
-                Ok(()) => {
-                    left.completeness = Completeness::Whole;
-                    return Ok(());
-                }
-                Err(Failure { error, cause: Cause::Learnt }) => {
+            let Err(Failure { error, cause }) = self.attempt(family, sets, left, &mut before, applied) else {
+                left.whole.insert(family);
+                return Ok(());
+            };
+            *sets = None;
+            match cause {
+                Cause::Learnt => {
                     tracing::warn!(%error, "the kernel does not take all of it, going on without the rest");
                     continue;
                 }
-                Err(Failure { error: _, cause: Cause::Held(set) }) if attempt + 1 >= MAX_ATTEMPTS => {
+                Cause::Held(set) if attempt + 1 >= MAX_ATTEMPTS => {
                     tracing::warn!(%set, "rules that are not ours name a set of ours, leaving it");
                     left.spared.insert(set);
                     continue;
                 }
-                Err(Failure { error, cause: Cause::Held(_) | Cause::Unknown }) => error,
-            };
+                Cause::Held(_) | Cause::Unknown => {}
+            }
             attempt += 1;
-            if attempt >= MAX_ATTEMPTS {
+            // What hangs has taken long enough; whoever calls tries again.
+            if attempt >= MAX_ATTEMPTS || matches!(error, BackendError::TimedOut { .. }) {
                 return Err(error);
             }
             tracing::debug!(%error, attempt, "a write was refused, reading again");
@@ -186,22 +224,31 @@ impl Iptables {
     }
 
     /// Reads, plans, and carries the plan out.
-    fn attempt(&self, left: &mut Left, before: Option<&Left>, applied: &mut Applied) -> Result<(), Failure> {
-        let sets = readback::sets(&self.tools)?;
-        for family in &self.families {
-            let actual = self.read_family(*family, &sets)?;
-            if let Some(before) = before {
-                applied.drift.extend(self.drift(&actual, before));
-            }
-            let leftovers = readback::leftovers(&self.tools, self.variant.other(), *family, &sets)?;
-            let other = match &leftovers {
-                None => Other::Absent,
-                Some(rules) => Other::Present(rules.referenced_sets()),
-            };
-            let desired = left.states.get(family).cloned().unwrap_or_else(|| State::empty(*family));
-            for step in plan::plan(&actual, &desired, self.placement, &other) {
-                self.step(*family, step, leftovers.as_ref(), left, applied)?;
-            }
+    fn attempt(
+        &self,
+        family: Family,
+        sets: &mut Option<Sets>,
+        left: &mut Left,
+        before: &mut Option<&Left>,
+        applied: &mut Applied,
+    ) -> Result<(), Failure> {
+        let sets = match sets {
+            Some(sets) => sets,
+            None => sets.insert(readback::sets(&self.tools)?),
+        };
+        let actual = self.read_family(family, sets)?;
+        let leftovers = readback::leftovers(&self.tools, self.variant.other(), family, sets)?;
+        if let Some(before) = before.take() {
+            applied.drift.extend(self.drift(&actual, before));
+        }
+        left.whole.remove(&family);
+        let other = match &leftovers {
+            None => Other::Absent,
+            Some(rules) => Other::Present(rules.referenced_sets()),
+        };
+        let desired = left.states.get(&family).cloned().unwrap_or_else(|| State::empty(family));
+        for step in plan::plan(&actual, &desired, self.placement, &other) {
+            self.step(family, step, leftovers.as_ref(), left, applied)?;
         }
         Ok(())
     }
@@ -216,7 +263,7 @@ impl Iptables {
     ) -> Result<(), Failure> {
         match step {
             Step::Sets(mut ops) => {
-                ops.retain(|op| !matches!(op, SetOp::Destroy { set } if left.spared.contains(set)));
+                self.spare(&mut ops, left)?;
                 if !ops.is_empty() {
                     write::sets(&self.tools, family, &ops).map_err(|error| {
                         let cause = write::held_set(&ops, &error).map_or(Cause::Unknown, Cause::Held);
@@ -240,9 +287,23 @@ impl Iptables {
         Ok(())
     }
 
+    /// Takes the destruction of sets that others hold out of `ops`. Those that they have let go of are spared no more.
+    fn spare(&self, ops: &mut Vec<SetOp>, left: &mut Left) -> Result<(), BackendError> {
+        let is_spared = |op: &SetOp, left: &Left| match op {
+            SetOp::Destroy { set } => left.spared.contains(set),
+            SetOp::Create { .. } | SetOp::Add { .. } | SetOp::Delete { .. } | SetOp::Swap { .. } => false,
+        };
+        if ops.iter().any(|op| is_spared(op, left)) {
+            let held = readback::held_sets(&self.tools)?;
+            left.spared.retain(|set| held.contains(set));
+            ops.retain(|op| !is_spared(op, left));
+        }
+        Ok(())
+    }
+
     fn transact(&self, family: Family, transaction: &Transaction, left: &mut Left) -> Result<(), Failure> {
         let Err(error) = self.write_rules(self.variant, family, transaction) else { return Ok(()) };
-        let probe = |rule: &_| write::probe(&self.tools, self.variant, family, self.lock_wait, rule);
+        let probe = |rule: &_| self.probe(family, rule);
         // While someone holds the lock nothing is taken: that says nothing of any rule.
         let learnt = match (&error, left.states.get_mut(&family)) {
             (BackendError::Refused { .. }, Some(desired))
@@ -282,15 +343,17 @@ impl Left {
             return None;
         }
         Some(Self {
+            wanted: states.clone(),
+            whole: states.keys().copied().collect(),
             states,
             people: BTreeMap::new(),
             refusals: Refusals::new(BTreeMap::new()),
             spared: BTreeSet::new(),
-            completeness: Completeness::Whole,
         })
     }
 
-    fn of(rendered: Rendered, families: &[Family]) -> Self {
+    /// What has yet to be there, where others hold these sets.
+    fn of(rendered: Rendered, families: &[Family], spared: BTreeSet<Name>) -> Self {
         let people = rendered.names.values().flat_map(|names| {
             [
                 (Arc::clone(&names.v4), Arc::clone(&names.name)),
@@ -298,13 +361,15 @@ impl Left {
             ]
         });
         let people = people.collect();
-        let states = families.iter().map(|family| (*family, rendered.family(*family).clone())).collect();
+        let states: BTreeMap<Family, State> =
+            families.iter().map(|family| (*family, rendered.family(*family).clone())).collect();
         Self {
+            wanted: states.clone(),
             states,
             people,
             refusals: Refusals::new(rendered.owners),
-            spared: BTreeSet::new(),
-            completeness: Completeness::Partial,
+            spared,
+            whole: BTreeSet::new(),
         }
     }
 }
@@ -340,23 +405,26 @@ impl Backend for Iptables {
         "iptables"
     }
 
+    fn inherits(&self) -> bool {
+        self.last.is_some()
+    }
+
     fn apply(&mut self, goal: &Goal) -> Result<Applied, BackendError> {
-        let mut applied = Applied::default();
-        let mut left = Left::of(Rendered::of(goal), &self.families);
-        let outcome = self.converge(&mut left, self.last.as_ref(), &mut applied);
-        applied.degraded = left.refusals.degraded();
-        self.last = Some(left);
-        outcome.map(|()| applied)
+        let before = self.last.take();
+        let spared = before.as_ref().map(|before| before.spared.clone()).unwrap_or_default();
+        let left = Left::of(Rendered::of(goal), &self.families, spared);
+        self.leave(left, before.as_ref())
     }
 
     fn verify(&mut self) -> Result<Applied, BackendError> {
-        let mut applied = Applied::default();
-        let Some(before) = self.last.take() else { return Ok(applied) };
+        let Some(before) = self.last.take() else { return Ok(Applied::default()) };
         let mut left = before.clone();
-        let outcome = self.converge(&mut left, Some(&before), &mut applied);
-        applied.degraded = left.refusals.degraded();
-        self.last = Some(left);
-        outcome.map(|()| applied)
+        // The kernel may take by now (a module has been loaded) what it once refused.
+        if left.refusals.any_lifted(|family, rule| self.probe(family, rule)) {
+            left.states = left.wanted.clone();
+            left.refusals.forget();
+        }
+        self.leave(left, Some(&before))
     }
 
     fn decide(&mut self, flow: &Flow) -> Result<Decision, BackendError> {
@@ -374,6 +442,7 @@ impl Backend for Iptables {
 
     fn remove(&mut self) -> Result<Removed, BackendError> {
         self.last = None;
+        self.untold.clear();
         remove::everything(&self.tools, self.lock_wait)
     }
 }

@@ -12,7 +12,7 @@ use crate::config::{self, value};
 use crate::reconcile::Freshness;
 use crate::status::Client;
 use crate::status::client::WaitError;
-use crate::status::report::{BackendStatus, Report};
+use crate::status::report::{BackendStatus, Report, SourceStatus};
 
 /// Ask a running agent how it stands
 ///
@@ -91,7 +91,7 @@ fn table(report: &Report, now: SystemTime) -> String {
         ("agent", format!("{} on node {}, version {}", status.instance, status.node, status.version)),
         ("running", ago(status.started, now).replace(" ago", "")),
         ("ready", if *ready { "yes".to_owned() } else { format!("no: {}", reasons.join("; ")) }),
-        ("source", if status.source.in_sync { "in sync".to_owned() } else { "not in sync".to_owned() }),
+        ("source", source(&status.source)),
         (
             "objects",
             format!(
@@ -123,9 +123,18 @@ fn table(report: &Report, now: SystemTime) -> String {
     text
 }
 
+fn source(source: &SourceStatus) -> String {
+    match (source.in_sync, source.unread.len()) {
+        (true, _) => "in sync".to_owned(),
+        (false, 0) => "not in sync".to_owned(),
+        (false, count) => format!("in sync but for what was not readable since the start: {count}"),
+    }
+}
+
 fn backend_lines(backend: &BackendStatus, now: SystemTime) -> Vec<String> {
     let size = backend.size;
     let mut lines = vec![match backend.last_apply {
+        None if backend.inherited => "what an earlier process programmed is in force".to_owned(),
         None => "nothing programmed yet".to_owned(),
         Some(last) => format!(
             "goal {} programmed {}, in {} ms ({} set writes, {} rule writes)",
@@ -165,9 +174,7 @@ fn ago(time: SystemTime, now: SystemTime) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::report::{
-        DegradedStatus, LastApply, ObjectProblem, Size, SourceStatus, Status, WorldStatus,
-    };
+    use crate::status::report::{DegradedStatus, LastApply, ObjectProblem, Size, Status, WorldStatus};
 
     fn at(seconds: u64) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
@@ -183,6 +190,7 @@ mod tests {
             known_differences: vec!["placed behind others".into()],
             source: SourceStatus {
                 in_sync: true,
+                unread: vec![],
                 problems: vec![ObjectProblem {
                     origin: "a.yaml".into(),
                     object: "NetworkPolicy x/a".into(),

@@ -7,6 +7,7 @@ use clap::{CommandFactory, Parser};
 
 use super::*;
 use crate::config::keys::{KEYS, Meaning};
+use crate::status::report::{BackendStatus, SourceStatus, Status, WorldStatus};
 
 const DOCS: &str = include_str!("../../../docs/configuration.md");
 
@@ -109,6 +110,79 @@ fn the_documentations_example_is_a_valid_file_without_notices() {
     let file = crate::config::file::File::parse(text, Path::new("docs")).unwrap();
     assert_eq!(file.notices, []);
     assert!(file.node.is_some() && file.manifests.is_some());
+}
+
+const TROUBLESHOOTING: &str = include_str!("../../../docs/troubleshooting.md");
+
+#[test]
+fn the_commands_for_when_something_is_wrong_exist() {
+    let mut fenced = false;
+    let mut seen = 0;
+    for line in TROUBLESHOOTING.lines().map(str::trim) {
+        fenced ^= line.starts_with("```");
+        let Some(command) = line.strip_prefix("npm-agent ").filter(|_| fenced) else { continue };
+        let command = command.split(['#', '|', '>']).next().unwrap();
+        if let Err(error) = parse(command) {
+            panic!("{line}: {error}");
+        }
+        seen += 1;
+    }
+    assert!(seen >= 6, "{seen}");
+}
+
+#[test]
+fn every_reason_for_not_being_ready_is_explained() {
+    let backend = |inherited| BackendStatus {
+        name: "iptables".into(),
+        inherited,
+        consecutive_failures: 3,
+        last_error: Some("...".into()),
+        unverified_ms: 95_000,
+        attempt_ms: Some(95_000),
+        stale_after_ms: 90_000,
+        generation: 4,
+        ..BackendStatus::default()
+    };
+    for (inherited, unread) in
+        [(true, vec!["FILES".to_owned()]), (false, vec!["FILES".into()]), (false, vec![])]
+    {
+        let status = Status {
+            version: String::new(),
+            node: String::new(),
+            instance: String::new(),
+            started: std::time::SystemTime::UNIX_EPOCH,
+            known_differences: vec![],
+            source: SourceStatus { in_sync: false, unread, problems: vec![] },
+            warnings: vec![],
+            world: WorldStatus::default(),
+            generation: 5,
+            backends: vec![backend(inherited)],
+        };
+        let reasons = status.reasons(5);
+        assert_eq!(reasons.len(), 5);
+        for reason in reasons {
+            assert!(
+                TROUBLESHOOTING.contains(&format!("| `{reason}` |")),
+                "docs/troubleshooting.md lacks {reason}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_unit_waits_with_a_command_that_exists_for_less_long_than_systemd() {
+    let unit = include_str!("../../../deploy/systemd/npm-agent.service");
+    let value =
+        |key: &str| unit.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_else(|| panic!("{key}"));
+    let program = value("ExecStart=").split_whitespace().next().unwrap();
+    let command = value("ExecStartPost=-").strip_prefix(program).unwrap();
+    match parse(command).unwrap().command {
+        Command::Status(_) => {}
+        other => panic!("{other:?}"),
+    }
+    let timeout = command.split_once("--timeout ").unwrap().1;
+    let timeout = crate::config::duration::parse_duration(timeout).unwrap();
+    assert!(timeout.as_secs() < value("TimeoutStartSec=").parse().unwrap());
 }
 
 #[test]

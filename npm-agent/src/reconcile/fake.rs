@@ -16,7 +16,7 @@ use super::backoff::Backoff;
 use super::worker::{Timing, Worker};
 use super::{Ask, Channels, Ended, Freshness, Identity, Reconcile};
 use crate::backend::{Applied, Backend, BackendError, Degraded, Removed};
-use crate::source::Event;
+use crate::source::{Completeness, Event};
 use crate::status::report::{BackendStatus, Status};
 
 /// How long a test waits for what must come.
@@ -25,6 +25,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// What the fake has been asked, and what it is to do.
 #[derive(Default)]
 struct Script {
+    inherits: bool,
     attempts: Vec<Goal>,
     verifies: usize,
     failures_left: usize,
@@ -38,6 +39,13 @@ struct Script {
 pub(crate) struct Fake(Arc<(Mutex<Script>, Condvar)>);
 
 impl Fake {
+    /// A backend whose kernel an earlier process has programmed.
+    pub(crate) fn inheriting() -> Self {
+        let fake = Self::default();
+        fake.0.0.lock().unwrap().inherits = true;
+        fake
+    }
+
     /// The goals that were tried, failed ones too.
     pub(crate) fn attempts(&self) -> Vec<Goal> {
         self.0.0.lock().unwrap().attempts.clone()
@@ -101,6 +109,11 @@ impl Fake {
 impl Backend for Fake {
     fn name(&self) -> &'static str {
         "fake"
+    }
+
+    fn inherits(&self) -> bool {
+        let script = self.0.0.lock().unwrap();
+        script.inherits && script.attempts.is_empty()
     }
 
     fn apply(&mut self, goal: &Goal) -> Result<Applied, BackendError> {
@@ -188,6 +201,9 @@ impl Agent {
         &self.workers
     }
 }
+
+/// The source has read everything.
+pub(crate) const IN_SYNC: Event = Event::InSync(Completeness::Complete);
 
 /// The node that the loop is for.
 pub(crate) const NODE: &str = "node-1";

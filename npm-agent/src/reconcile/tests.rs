@@ -9,11 +9,11 @@ use npm_policy::world::{Change, World};
 use tokio::sync::oneshot;
 
 use super::backoff::Backoff;
-use super::fake::{Agent, Fake, NODE, PATIENCE, QUICK, namespace, pod, policy};
+use super::fake::{Agent, Fake, IN_SYNC, NODE, PATIENCE, QUICK, namespace, pod, policy};
 use super::worker::{Stopped, Timing};
 use super::*;
 use crate::backend::Degraded;
-use crate::source::Problem;
+use crate::source::{Completeness, Problem};
 
 fn labelled(key: &str, value: &str) -> Selector {
     Selector::new([Requirement { key: key.into(), operator: Operator::In([value.into()].into()) }])
@@ -50,18 +50,100 @@ fn nothing_is_programmed_before_the_source_is_in_sync() {
     assert_eq!((status.generation, status.source.in_sync), (0, false));
     assert_eq!(status.world.pods, 2, "it has been taken in all the same");
     assert!(fake.attempts().is_empty());
-    assert_eq!(fake.verifies(), 0);
 
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     agent.settle(0);
     assert_eq!(fake.attempts(), [definition(&objects())], "once, and all of it");
+}
+
+/// The source, at a time when it could not read everything.
+fn incomplete(unread: &str) -> Event {
+    Event::InSync(Completeness::Incomplete { unread: vec![unread.into()] })
+}
+
+#[test]
+fn what_an_earlier_process_enforces_stays_until_everything_was_readable() {
+    let fake = Fake::inheriting();
+    let mut agent = Agent::start(&[&fake], QUICK);
+    let (before, after) = (objects()[..5].to_vec(), objects()[5..].to_vec());
+    agent.change(before);
+    agent.send(incomplete("b.yaml"));
+    agent.change([pod("c", [10, 0, 0, 3], &[("app", "a")])]);
+    let status = agent.seen();
+    assert!(!status.source.in_sync);
+    let reason = "not readable since the start: b.yaml; what an earlier process programmed stays in force";
+    assert_eq!(status.reasons(0)[0], reason);
+    agent.send(incomplete("c.yaml"));
+    assert_eq!(agent.seen().source.unread, ["c.yaml"]);
+    assert!(status.backends[0].inherited);
+    assert_eq!(fake.attempts(), []);
+
+    // The objects come before the word that they are all: what is incomplete is programmed at no time.
+    agent.change(after);
+    agent.send(IN_SYNC);
+    let status = agent.settle(0);
+    let mut all = objects();
+    all.push(pod("c", [10, 0, 0, 3], &[("app", "a")]));
+    assert_eq!(fake.attempts(), [definition(&all)]);
+    assert!(!status.inherited);
+    assert_eq!(agent.seen().reasons(0), Vec::<String>::new());
+}
+
+#[test]
+fn a_goal_that_was_held_back_is_programmed_also_if_the_last_file_changes_nothing() {
+    let fake = Fake::inheriting();
+    let mut agent = Agent::start(&[&fake], QUICK);
+    agent.change(objects());
+    agent.send(incomplete("b.yaml"));
+    agent.seen();
+    agent.send(IN_SYNC);
+    agent.settle(0);
+    assert_eq!(fake.attempts(), [definition(&objects())]);
+}
+
+#[test]
+fn a_node_without_anything_enforces_what_could_be_read_at_once() {
+    let (fresh, inheriting) = (Fake::default(), Fake::inheriting());
+    let mut agent = Agent::start(&[&fresh], QUICK);
+    agent.change(objects());
+    agent.send(incomplete("b.yaml"));
+    agent.settle(0);
+    assert_eq!(fresh.attempts(), [definition(&objects())]);
+    let reason = "not readable since the start: b.yaml; what could be read is enforced";
+    assert_eq!(agent.seen().reasons(0), [reason]);
+    agent.send(IN_SYNC);
+    assert_eq!(agent.seen().reasons(0), Vec::<String>::new());
+    assert_eq!(fresh.attempts().len(), 1);
+    agent.send(incomplete("b.yaml"));
+    assert_eq!(agent.seen().reasons(0), Vec::<String>::new(), "what was read once is known");
+
+    let fresh = Fake::default();
+    let mut agent = Agent::start(&[&fresh, &inheriting], QUICK);
+    agent.change(objects());
+    agent.send(incomplete("b.yaml"));
+    agent.settle(0);
+    agent.seen();
+    assert_eq!((fresh.attempts().len(), inheriting.attempts().len()), (1, 0), "each for itself");
+}
+
+#[test]
+fn what_an_earlier_process_left_is_read_back_and_repaired_before_the_first_goal() {
+    let fake = Fake::inheriting();
+    fake.drift(&["FORWARD: jump was missing"]);
+    let timing = Timing { verify_interval: Duration::from_millis(10), ..QUICK };
+    let agent = Agent::start(&[&fake], timing);
+    let status = agent.wait(0, |status| status.drift_repairs == 1 && status.verifies > 1);
+    assert!(status.inherited && status.last_verify.is_some());
+    fake.fail(2);
+    agent.wait(0, |status| status.failures == 2 && status.consecutive_failures == 0);
+    assert_eq!(fake.attempts(), []);
 }
 
 #[test]
 fn an_empty_cluster_is_programmed_too() {
     let fake = Fake::default();
     let mut agent = Agent::start(&[&fake], QUICK);
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     agent.settle(0);
     assert_eq!(fake.attempts(), [Goal::default()], "what an earlier process left must go");
 }
@@ -72,7 +154,7 @@ fn a_burst_is_merged_while_the_backend_is_busy() {
     let mut agent = Agent::start(&[&fake], QUICK);
     fake.hold();
     agent.change(objects());
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     fake.wait_attempts(1);
     let mut changes = objects();
     for number in 0..=200 {
@@ -92,7 +174,7 @@ fn changes_that_mean_nothing_to_the_node_are_not_programmed() {
     let fake = Fake::default();
     let mut agent = Agent::start(&[&fake], QUICK);
     agent.change(objects());
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     agent.settle(0);
     agent.change([namespace("z")]);
     agent.change(objects());
@@ -109,7 +191,7 @@ fn a_failed_apply_is_tried_again_with_the_newest_goal() {
     let mut agent = Agent::start(&[&fake], QUICK);
     fake.fail(usize::MAX);
     agent.change(objects());
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     let status = agent.wait(0, |status| status.consecutive_failures >= 3);
     assert_eq!(status.generation, 0);
     assert_eq!(status.last_error.as_deref(), Some("apply: fake failed with exit status: 4: planted"));
@@ -142,7 +224,7 @@ fn a_newer_goal_does_not_wait_out_a_long_backoff() {
     let mut agent = Agent::start(&[&fake], Timing { backoff, verify_interval: hour });
     fake.fail(12);
     agent.change(objects());
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     let start = Instant::now();
     for number in 0..12 {
         agent.wait(0, |status| status.consecutive_failures > number);
@@ -159,7 +241,7 @@ fn a_slow_backend_delays_neither_the_other_nor_the_loop() {
     let (slow, quick) = (Fake::default(), Fake::default());
     let mut agent = Agent::start(&[&slow, &quick], QUICK);
     slow.hold();
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     slow.wait_attempts(1);
     for (number, change) in objects().into_iter().enumerate() {
         agent.change([change]);
@@ -202,12 +284,12 @@ fn the_order_of_changes_does_not_matter() {
             let mut agent = Agent::start(&[&fake], QUICK);
             for (number, changes) in sequence.iter().enumerate() {
                 if number == in_sync_at {
-                    agent.send(Event::InSync);
+                    agent.send(IN_SYNC);
                 }
                 agent.change(changes.clone());
             }
             if in_sync_at == sequence.len() {
-                agent.send(Event::InSync);
+                agent.send(IN_SYNC);
             }
             agent.settle(0);
             assert_eq!(fake.attempts().last(), Some(&expected), "{name}, in sync at {in_sync_at}");
@@ -220,7 +302,7 @@ fn drift_is_repaired_again_and_again_and_counted() {
     let fake = Fake::default();
     let timing = Timing { verify_interval: Duration::from_millis(10), ..QUICK };
     let mut agent = Agent::start(&[&fake], timing);
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     agent.settle(0);
     fake.drift(&["set azure-npm-x: member 10.0.0.1 was missing", "FORWARD: jump was missing"]);
     agent.wait(0, |status| status.drift_repairs == 2);
@@ -239,7 +321,7 @@ fn a_stream_of_goals_does_not_put_off_the_read_back_for_ever() {
     let timing = Timing { verify_interval: Duration::from_millis(20), ..QUICK };
     let agent = Agent::start(&[&fake], timing);
     agent.change(objects());
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     let start = Instant::now();
     let mut number = 0;
     while fake.verifies() < 3 {
@@ -259,7 +341,7 @@ fn degraded_policies_show_until_they_are_whole() {
     let degraded = Degraded { policy: PolicyKey::new("x", "all"), reason: "too long".into() };
     fake.degrade(vec![degraded.clone()]);
     agent.change(objects());
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     assert_eq!(agent.settle(0).degraded, [degraded.into()]);
     fake.degrade(vec![]);
     agent.change([pod("c", [10, 0, 0, 3], &[])]);
@@ -296,7 +378,7 @@ fn the_loop_ends_when_the_source_has_gone_and_leaves_what_is_programmed() {
     let fake = Fake::default();
     let agent = Agent::start(&[&fake], QUICK);
     agent.change(objects());
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     let Agent { events, ended, .. } = agent;
     drop(events);
     assert_eq!(ended.blocking_recv().unwrap(), Ended::SourceGone);
@@ -326,11 +408,28 @@ fn requests_to_refresh_that_come_together_are_one() {
 }
 
 #[test]
+fn who_has_gone_is_not_kept_while_the_source_does_not_answer() {
+    let mut reconcile = Reconcile::new(Identity::default(), Vec::new());
+    let mut ask = || {
+        let (reply, answer) = oneshot::channel();
+        reconcile.answer(Ask { freshness: Freshness::Refreshed, reply });
+        (reconcile.waiting.len(), answer)
+    };
+    let (_, patient) = ask();
+    for _ in 0..100 {
+        let (waiting, _gone) = ask();
+        assert_eq!(waiting, 2, "the patient one and this one");
+    }
+    reconcile.take(std::iter::once(Event::Refreshed(101)));
+    assert_eq!(patient.blocking_recv().unwrap().generation, 0);
+}
+
+#[test]
 fn stopping_waits_for_the_attempt_at_hand_and_begins_no_other() {
     let fake = Fake::default();
     let mut agent = Agent::start(&[&fake], QUICK);
     fake.hold();
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     fake.wait_attempts(1);
     agent.change(objects());
     agent.seen();

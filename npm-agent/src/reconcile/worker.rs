@@ -17,6 +17,12 @@ use crate::status::report::{BackendStatus, DegradedStatus, LastApply, Size};
 /// At most this many lines about one drift are logged; the rest is counted.
 const MAX_DRIFT_LINES: usize = 20;
 
+/// After so many intervals without a read-back that succeeded, nobody knows what the kernel holds.
+const STALE_INTERVALS: u32 = 3;
+
+/// But not before this: one attempt may take as long.
+const MIN_STALE: Duration = Duration::from_secs(1);
+
 /// A goal and its number; a higher number is newer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
@@ -60,6 +66,24 @@ struct State {
     newest: Option<Target>,
     life: Life,
     status: BackendStatus,
+    /// When the attempt under way began.
+    busy_since: Option<Instant>,
+    /// When the kernel was last known to be as it should: the end of an apply or a read-back that succeeded. At first
+    /// the start.
+    good_at: Instant,
+    stale_after: Duration,
+}
+
+impl State {
+    /// The status as of now.
+    fn progress(&self) -> BackendStatus {
+        BackendStatus {
+            unverified_ms: millis(self.good_at.elapsed()),
+            attempt_ms: self.busy_since.map(|since| millis(since.elapsed())),
+            stale_after_ms: millis(self.stale_after),
+            ..self.status.clone()
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -83,8 +107,16 @@ impl Worker {
     /// The thread could not be started.
     pub fn start(backend: Box<dyn Backend>, timing: Timing) -> std::io::Result<Self> {
         let name = backend.name();
-        let status = BackendStatus { name: name.to_owned(), ..BackendStatus::default() };
-        let state = State { newest: None, life: Life::Running, status };
+        let inherited = backend.inherits();
+        let status = BackendStatus { name: name.to_owned(), inherited, ..BackendStatus::default() };
+        let state = State {
+            newest: None,
+            life: Life::Running,
+            status,
+            busy_since: None,
+            good_at: Instant::now(),
+            stale_after: timing.verify_interval.saturating_mul(STALE_INTERVALS).max(MIN_STALE),
+        };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let thread = Thread {
             shared: Arc::clone(&shared),
@@ -96,7 +128,7 @@ impl Worker {
             failures: 0,
             ended: Instant::now(),
             retry_at: Instant::now(),
-            verify_at: Instant::now(),
+            verify_at: Instant::now() + timing.verify_interval,
         };
         std::thread::Builder::new().name(name.to_owned()).spawn(move || thread.run())?;
         Ok(Self { shared })
@@ -108,9 +140,14 @@ impl Worker {
         self.shared.changed.notify_all();
     }
 
+    /// Whether what the kernel holds is what an earlier process enforced: nothing was applied since.
+    pub fn inherits(&self) -> bool {
+        self.shared.lock().status.inherited
+    }
+
     /// What the backend has come to.
     pub fn progress(&self) -> BackendStatus {
-        self.shared.lock().status.clone()
+        self.shared.lock().progress()
     }
 
     /// Waits until the backend's status is as wanted; `None` after `patience`.
@@ -120,7 +157,7 @@ impl Worker {
             .changed
             .wait_timeout_while(self.shared.lock(), patience, |state| !wanted(&state.status))
             .unwrap_or_else(PoisonError::into_inner);
-        (!timeout.timed_out()).then(|| state.status.clone())
+        (!timeout.timed_out()).then(|| state.progress())
     }
 
     /// Lets the backend finish what it is doing, for `patience`, and do nothing more.
@@ -187,11 +224,7 @@ impl Thread {
             if state.life != Life::Running {
                 return Step::Stop;
             }
-            let Some(newest) = &state.newest else {
-                state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            let (at, step) = self.due(newest);
+            let (at, step) = self.due(state.newest.as_ref());
             let now = Instant::now();
             if at <= now {
                 return step;
@@ -202,20 +235,19 @@ impl Thread {
         }
     }
 
-    /// What is to be done when, as long as nothing newer comes.
-    fn due(&self, newest: &Target) -> (Instant, Step) {
-        let outdated = newest.generation != self.applied;
+    /// What is to be done when, as long as nothing newer comes. Also before the first goal there is something to read
+    /// back: what an earlier process has left.
+    fn due(&self, newest: Option<&Target>) -> (Instant, Step) {
+        let outdated = newest.filter(|newest| newest.generation != self.applied);
         if self.failures > 0 {
             // A newer goal may be without what made the last one fail: it need not wait out a long backoff, but a
             // stream of them must not hammer a backend that fails.
             let soonest = self.ended + self.timing.backoff.first;
-            let news = newest.generation != self.attempted;
+            let news = newest.is_some_and(|newest| newest.generation != self.attempted);
             let at = if news { soonest.min(self.retry_at) } else { self.retry_at };
-            return (at, if outdated { Step::Apply(newest.clone()) } else { Step::Verify });
+            return (at, outdated.map_or(Step::Verify, |newest| Step::Apply(newest.clone())));
         }
-        if !outdated {
-            return (self.verify_at, Step::Verify);
-        }
+        let Some(newest) = outdated else { return (self.verify_at, Step::Verify) };
         // Goals come first, but a stream of them does not put off the read-back for ever.
         let put_off = self.applied > 0 && self.verify_at + self.timing.verify_interval <= Instant::now();
         (self.ended, if put_off { Step::Verify } else { Step::Apply(newest.clone()) })
@@ -224,7 +256,7 @@ impl Thread {
     fn apply(&mut self, target: &Target) {
         let Target { generation, goal } = target;
         self.attempted = *generation;
-        let (at, start) = (SystemTime::now(), Instant::now());
+        let (at, start) = (SystemTime::now(), self.begin_attempt());
         let outcome = self.backend.apply(goal);
         let duration = self.end_attempt(start);
         let applied = match outcome {
@@ -241,6 +273,7 @@ impl Thread {
         self.applied = *generation;
         self.succeeded(applied, |status| {
             status.generation = *generation;
+            status.inherited = false;
             status.applies += 1;
             status.last_apply = Some(LastApply { at, duration_ms, set_writes, rule_writes });
             status.size = Size::of(goal);
@@ -248,7 +281,7 @@ impl Thread {
     }
 
     fn verify(&mut self) {
-        let start = Instant::now();
+        let start = self.begin_attempt();
         let outcome = self.backend.verify();
         let duration = self.end_attempt(start);
         match outcome {
@@ -263,9 +296,17 @@ impl Thread {
         }
     }
 
+    /// Notes that an attempt begins; gives when.
+    fn begin_attempt(&self) -> Instant {
+        let start = Instant::now();
+        self.shared.lock().busy_since = Some(start);
+        start
+    }
+
     /// Notes that an attempt has ended; gives how long it took.
     fn end_attempt(&mut self, start: Instant) -> Duration {
         self.ended = Instant::now();
+        self.shared.lock().busy_since = None;
         self.ended - start
     }
 
@@ -288,6 +329,7 @@ impl Thread {
         }
         let degraded: Vec<DegradedStatus> = degraded.into_iter().map(DegradedStatus::from).collect();
         let mut state = self.shared.lock();
+        state.good_at = self.ended;
         let status = &mut state.status;
         update(status);
         for new in degraded.iter().filter(|new| !status.degraded.contains(new)) {

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A file that can't be read, or is no good YAML any more, keeps its last good objects: breaking a file never opens a
-//! pod. A file that is gone takes its objects along.
+//! pod. A file that is gone takes its objects along. What was never read whole since the start is told of with
+//! [`Event::InSync`]: an earlier process may have known it.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,8 +19,8 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::debug;
 
-use self::store::{Begun, News, Store};
-use super::{Event, Problem};
+use self::store::{News, Store};
+use super::{Completeness, Event, Problem};
 
 mod store;
 mod text;
@@ -37,6 +38,9 @@ const RESCAN: Duration = Duration::from_secs(30);
 /// The same while something may still be going on, or while there is no watch.
 const RESCAN_SOON: Duration = Duration::from_secs(2);
 
+/// How long a refresh waits for files that are begun to be written.
+const BEGUN_PATIENCE: Duration = Duration::from_secs(2);
+
 /// What some files hold.
 #[derive(Debug, Default)]
 pub struct Reading {
@@ -51,7 +55,7 @@ pub struct Reading {
 /// Reads files, and the manifests (`*.yaml`, `*.yml`, `*.json`) in directories to any depth, once.
 pub fn read(paths: &[PathBuf]) -> Reading {
     let mut store = Store::new(paths.to_vec());
-    let News { changes, problems, look_again: _ } = store.look(Begun::Taken);
+    let News { changes, problems, look_again: _, is_begun: _ } = store.look();
     Reading { changes, problems: problems.into_values().flatten().collect(), unread: store.unread() }
 }
 
@@ -88,13 +92,12 @@ pub async fn run(
     let mut watch = Watch::start(&directory, &happened);
     let mut store = Store::new(vec![directory.clone()]);
     let mut refreshable = true;
-    let mut begun = Begun::Taken;
-    let mut answers = Vec::new();
-    let mut is_first = true;
+    let mut asked: Vec<Asked> = Vec::new();
+    let mut completeness = None;
     loop {
         let news;
         (store, news) = tokio::task::spawn_blocking(move || {
-            let news = store.look(begun);
+            let news = store.look();
             (store, news)
         })
         .await?;
@@ -104,17 +107,28 @@ pub async fn run(
         }
         told.extend(news.problems.into_iter().map(|(origin, problems)| Event::Problems { origin, problems }));
         told.extend(watch.news(&directory));
-        if std::mem::take(&mut is_first) {
-            told.push(Event::InSync);
+        // Once all was read it stays so: what breaks later keeps its objects.
+        if completeness != Some(Completeness::Complete) {
+            let now = store.completeness();
+            if completeness.as_ref() != Some(&now) {
+                told.push(Event::InSync(now.clone()));
+                completeness = Some(now);
+            }
         }
-        told.extend(answers.drain(..).map(Event::Refreshed));
+        let now = Instant::now();
+        let (answered, waiting) = asked.drain(..).partition(|asked| !news.is_begun || asked.latest <= now);
+        asked = waiting;
+        told.extend(answered.into_iter().map(|asked| Event::Refreshed(asked.number)));
         for event in told {
             if events.send(event).await.is_err() {
                 return Ok(());
             }
         }
-        let rescan = if news.look_again || !watch.works() { RESCAN_SOON } else { RESCAN };
-        begun = Begun::Kept;
+        let rescan = match (asked.is_empty(), news.look_again || !watch.works()) {
+            (false, _) => QUIET,
+            (true, true) => RESCAN_SOON,
+            (true, false) => RESCAN,
+        };
         tokio::select! {
             _ = happenings.recv() => settle(&mut happenings).await,
             () = tokio::time::sleep(rescan) => {
@@ -123,16 +137,23 @@ pub async fn run(
             () = events.closed() => return Ok(()),
             number = refresh.recv(), if refreshable => match number {
                 Some(number) => {
-                    answers.push(number);
+                    let latest = Instant::now() + BEGUN_PATIENCE;
+                    asked.push(Asked { number, latest });
                     while let Ok(number) = refresh.try_recv() {
-                        answers.push(number);
+                        asked.push(Asked { number, latest });
                     }
-                    begun = Begun::Taken;
                 }
                 None => refreshable = false,
             },
         }
     }
+}
+
+/// A refresh that was asked for.
+struct Asked {
+    number: u64,
+    /// When to answer at the latest, although a file is still empty.
+    latest: Instant,
 }
 
 /// Waits until it is quiet, or patience ends.

@@ -134,12 +134,14 @@ impl Client {
             let error = match self.status(Freshness::Refreshed, left()) {
                 Ok(seen) => match self.wait_for(&seen, &left)? {
                     Some(report) => return Ok(report),
-                    None => continue,
+                    None => None,
                 },
-                Err(error) => error,
+                Err(error) => Some(error),
             };
-            if left().is_zero() {
-                return Err(WaitError::NoStatus { waited: patience, source: error });
+            if let Some(source) = error
+                && left().is_zero()
+            {
+                return Err(WaitError::NoStatus { waited: patience, source });
             }
             std::thread::sleep(POLL_INTERVAL.min(left()));
         }
@@ -160,11 +162,17 @@ impl Client {
                 return Err(WaitError::NotReady { waited, reasons, report: Box::new(report) });
             }
             std::thread::sleep(POLL_INTERVAL.min(left()));
-            report = match self.status(Freshness::Now, left()) {
-                Ok(report) if report.status.started == seen.status.started => report,
+            match self.status(Freshness::Now, left()) {
+                Ok(next) if next.status.started == seen.status.started => report = next,
                 // It has been started again, or has gone: begin anew.
-                Ok(_) | Err(_) => return Ok(None),
-            };
+                Ok(_) | Err(ClientError::NoAgent { .. }) => return Ok(None),
+                // The deadline, mostly. What it said last is more than that it says nothing.
+                Err(
+                    ClientError::NoAnswer { .. }
+                    | ClientError::Unreadable { .. }
+                    | ClientError::Refused { .. },
+                ) => {}
+            }
         }
     }
 }

@@ -80,7 +80,15 @@ impl Status {
     pub fn reasons(&self, wanted: u64) -> Vec<String> {
         let wanted = wanted.max(1);
         let mut reasons = Vec::new();
-        if !self.source.in_sync {
+        let SourceStatus { in_sync, unread, problems: _ } = &self.source;
+        if !unread.is_empty() {
+            let held = self.backends.iter().any(|backend| backend.inherited);
+            let so = match held {
+                true => "what an earlier process programmed stays in force",
+                false => "what could be read is enforced",
+            };
+            reasons.push(format!("not readable since the start: {}; {so}", unread.join(", ")));
+        } else if !in_sync {
             reasons.push("the source is not in sync".to_owned());
         }
         for backend in &self.backends {
@@ -90,6 +98,14 @@ impl Status {
             }
             if let Some(error) = &backend.last_error {
                 reasons.push(format!("{name}: failed {} times, last: {error}", backend.consecutive_failures));
+            }
+            let BackendStatus { unverified_ms, stale_after_ms, attempt_ms, .. } = *backend;
+            if let Some(attempt_ms) = attempt_ms.filter(|attempt_ms| *attempt_ms > stale_after_ms) {
+                reasons.push(format!("{name}: one attempt has been under way for {} s", attempt_ms / 1000));
+            }
+            if unverified_ms > stale_after_ms {
+                let (since, most) = (unverified_ms / 1000, stale_after_ms / 1000);
+                reasons.push(format!("{name}: not read back for {since} s, {most} s at most is normal"));
             }
         }
         reasons
@@ -101,6 +117,9 @@ impl Status {
 pub struct SourceStatus {
     /// Whether everything that was there at its start has been read.
     pub in_sync: bool,
+    /// What of that could not be read yet, though the rest was: files, sorted.
+    #[serde(default)]
+    pub unread: Vec<String>,
     /// Objects that it could not take as they are, by origin.
     pub problems: Vec<ObjectProblem>,
 }
@@ -136,6 +155,9 @@ pub struct BackendStatus {
     pub name: String,
     /// The number of the goal that the kernel has; 0: none of this process.
     pub generation: u64,
+    /// Whether the kernel has what an earlier process programmed: nothing was applied since.
+    #[serde(default)]
+    pub inherited: bool,
     /// Goals applied.
     pub applies: u64,
     /// The last of them.
@@ -145,6 +167,16 @@ pub struct BackendStatus {
     /// The last of them.
     #[serde(with = "unix_millis_option")]
     pub last_verify: Option<SystemTime>,
+    /// How long ago the kernel was last known to be as it should: the last apply or read-back that succeeded, or the
+    /// start. In milliseconds.
+    #[serde(default)]
+    pub unverified_ms: u64,
+    /// How long the attempt under way has taken so far, in milliseconds.
+    #[serde(default)]
+    pub attempt_ms: Option<u64>,
+    /// How long either may be before the backend is not ready, in milliseconds.
+    #[serde(default)]
+    pub stale_after_ms: u64,
     /// Failures since it started.
     pub failures: u64,
     /// Failures in a row, until now.

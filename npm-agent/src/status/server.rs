@@ -69,7 +69,7 @@ impl Server {
         if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
             std::fs::DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(io_error)?;
         }
-        let lock = Lock::take(beside(path, ".lock")).map_err(|source| match source {
+        let lock = Lock::take_patiently(beside(path, ".lock")).map_err(|source| match source {
             LockError::Held { .. } => ServerError::Taken { path: path.to_owned(), source },
             LockError::Io { source, .. } => io_error(source),
         })?;

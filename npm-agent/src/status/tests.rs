@@ -1,9 +1,11 @@
 //! The status socket from both ends.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use npm_policy::model::Selector;
@@ -13,7 +15,8 @@ use tokio::sync::mpsc;
 use super::client::{ClientError, WaitError};
 use super::server::{Server, ServerError};
 use super::*;
-use crate::reconcile::fake::{Agent, Fake, PATIENCE, QUICK, namespace, pod, policy};
+use crate::reconcile::fake::{Agent, Fake, IN_SYNC, PATIENCE, QUICK, namespace, pod, policy};
+use crate::reconcile::worker::Timing;
 use crate::reconcile::{Ask, Freshness};
 use crate::source::Event;
 
@@ -87,7 +90,7 @@ fn the_answer_is_the_loops_state() {
     assert_eq!(report.status.known_differences, ["a difference"]);
 
     served.send(Event::Changes(vec![policy("all", Selector::everything())]));
-    served.send(Event::InSync);
+    served.send(IN_SYNC);
     let report = served.client().wait(PATIENCE).unwrap();
     assert!(report.ready, "{:?}", report.reasons);
     let backend = &report.status.backends[0];
@@ -104,7 +107,7 @@ fn the_answer_is_the_loops_state() {
 #[test]
 fn waiting_ends_when_what_was_there_is_programmed_and_not_before() {
     let served = Served::start();
-    served.send(Event::InSync);
+    served.send(IN_SYNC);
     served.client().wait(PATIENCE).unwrap();
     served.fake.hold();
     served.send(Event::Changes(vec![
@@ -126,10 +129,49 @@ fn waiting_ends_when_what_was_there_is_programmed_and_not_before() {
 fn waiting_for_a_failing_backend_says_why() {
     let served = Served::start();
     served.fake.fail(usize::MAX);
-    served.send(Event::InSync);
+    served.send(IN_SYNC);
     let error = served.client().wait(Duration::from_millis(200)).unwrap_err().to_string();
     assert!(error.contains("fake: goal 0 of 1 is programmed"), "{error}");
     assert!(error.contains("last: apply: fake failed with exit status: 4: planted"), "{error}");
+}
+
+#[test]
+fn a_read_back_that_hangs_is_not_ready() {
+    let directory = tempfile::tempdir().unwrap();
+    let fake = Fake::default();
+    let timing = Timing { verify_interval: Duration::from_millis(100), ..QUICK };
+    let agent = Agent::start(&[&fake], timing);
+    let socket = directory.path().join("agent.sock");
+    serve(socket.clone(), agent.asks.clone());
+    let client = Client::new(socket);
+    let ask = || client.status(Freshness::Now, PATIENCE).unwrap();
+    let until_ready = |ready: bool| {
+        let start = Instant::now();
+        loop {
+            let report = ask();
+            if report.ready == ready {
+                return report;
+            }
+            assert!(start.elapsed() < PATIENCE, "{:?}", report.reasons);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    agent.send(IN_SYNC);
+    until_ready(true);
+    fake.hold();
+    let report = until_ready(false);
+    // It had succeeded before it began to hang, so this comes first.
+    assert!(
+        report.reasons[0].starts_with("fake: not read back for 1 s, 1 s at most"),
+        "{:?}",
+        report.reasons
+    );
+    std::thread::sleep(Duration::from_millis(300));
+    let reasons = ask().reasons;
+    assert!(reasons[0].starts_with("fake: one attempt has been under way for 1 s"), "{reasons:?}");
+    assert_eq!(reasons.len(), 2);
+    fake.release();
+    assert_eq!(until_ready(true).reasons, Vec::<String>::new());
 }
 
 #[test]
@@ -146,7 +188,7 @@ fn waiting_waits_for_an_agent_too() {
     let waiting = std::thread::spawn(move || client.wait(PATIENCE));
     let fake = Fake::default();
     let mut agent = Agent::start(&[&fake], QUICK);
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     serve(socket, agent.asks.clone());
     let number = agent.refresh.blocking_recv().unwrap();
     agent.send(Event::Refreshed(number));
@@ -159,12 +201,65 @@ fn a_source_that_does_not_answer_is_not_waited_for_longer_than_asked() {
     let socket = directory.path().join("agent.sock");
     let fake = Fake::default();
     let agent = Agent::start(&[&fake], QUICK);
-    agent.send(Event::InSync);
+    agent.send(IN_SYNC);
     serve(socket.clone(), agent.asks.clone());
     let start = Instant::now();
     let error = Client::new(socket).wait(Duration::from_millis(200)).unwrap_err();
     assert!(matches!(error, WaitError::NoStatus { source: ClientError::NoAnswer { .. }, .. }), "{error}");
     assert!(start.elapsed() < PATIENCE);
+}
+
+/// Answers the first request with this status, and takes the others without a word.
+fn falls_silent(path: &Path, report: &report::Report) {
+    let listener = UnixListener::bind(path).unwrap();
+    let answer = serde_json::to_string(report).unwrap() + "\n";
+    std::thread::spawn(move || {
+        let mut silent = Vec::new();
+        for (number, stream) in listener.incoming().enumerate() {
+            let mut stream = stream.unwrap();
+            if number == 0 {
+                stream.write_all(answer.as_bytes()).unwrap();
+            }
+            silent.push(stream);
+        }
+    });
+}
+
+#[test]
+fn an_agent_that_falls_silent_is_reported_with_what_it_said_last() {
+    let served = Served::start();
+    let report = served.client().status(Freshness::Now, PATIENCE).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("agent.sock");
+    falls_silent(&socket, &report);
+    match Client::new(socket).wait(Duration::from_millis(300)).unwrap_err() {
+        WaitError::NotReady { reasons, .. } => assert_eq!(reasons, report.reasons),
+        other @ WaitError::NoStatus { .. } => panic!("{other}"),
+    }
+}
+
+#[test]
+fn an_agent_that_always_starts_anew_is_not_asked_without_a_pause() {
+    let served = Served::start();
+    let mut report = served.client().status(Freshness::Now, PATIENCE).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("agent.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut request = String::new();
+            BufReader::new(&stream).read_line(&mut request).unwrap();
+            count.fetch_add(1, Ordering::Relaxed);
+            report.status.started += Duration::from_secs(1);
+            stream.write_all((serde_json::to_string(&report).unwrap() + "\n").as_bytes()).unwrap();
+        }
+    });
+    Client::new(socket).wait(Duration::from_millis(400)).unwrap_err();
+    // A pause of 20 ms before each question.
+    assert!((2..=25).contains(&asked.load(Ordering::Relaxed)), "{asked:?}");
 }
 
 #[test]

@@ -59,6 +59,76 @@ fn path(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
+/// The rules without what counts and dates them.
+fn uncounted(rules: &str) -> Vec<String> {
+    let lines = rules.lines().filter(|line| !line.starts_with(['#', ':']));
+    lines.map(ToOwned::to_owned).collect()
+}
+
+#[test]
+fn a_file_that_is_broken_while_no_agent_runs_opens_nothing() {
+    let Some(namespace) = Namespace::new("broken") else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let manifests = directory.path().join("manifests");
+    let file = manifests.join("policy.yaml");
+    fs::create_dir(&manifests).unwrap();
+    fs::write(manifests.join("cluster.yaml"), CLUSTER).unwrap();
+    fs::write(&file, POLICY).unwrap();
+    let socket = directory.path().join("agent.sock");
+    let run = [
+        "run",
+        "--node",
+        "node-1",
+        "--manifests",
+        path(&manifests),
+        "--socket",
+        path(&socket),
+        "--verify-interval",
+        "500ms",
+    ];
+    let wait =
+        |timeout| namespace.agent(&["status", "--socket", path(&socket), "--wait", "--timeout", timeout]);
+    let rules = || uncounted(&namespace.run("iptables-save", &["-t", "filter"]).stdout());
+    let sets = || namespace.run("ipset", &["save"]).stdout();
+
+    let mut killed = Running(namespace.start(&run));
+    assert_eq!(wait("30s").code(), Some(0));
+    let before = (rules(), sets());
+    assert!(before.0.iter().any(|rule| rule.contains("AZURE-NPM-INGRESS-")), "{before:?}");
+    killed.0.kill().unwrap();
+    killed.0.wait().unwrap();
+
+    fs::write(&file, "kind: [").unwrap();
+    let next = Running(namespace.start(&run));
+    let status = wait("2s");
+    assert_eq!(status.code(), Some(1), "{}", status.stdout());
+    let reason = format!(
+        "not readable since the start: {}; what an earlier process programmed stays in force",
+        path(&file)
+    );
+    assert!(status.stderr().contains(&reason), "{}", status.stderr());
+    assert!(
+        status.stdout().contains("what an earlier process programmed is in force"),
+        "{}",
+        status.stdout()
+    );
+    assert_eq!((rules(), sets()), before, "what was enforced still is");
+
+    // Someone takes the jump away: also what an earlier process left is looked after.
+    assert_eq!(namespace.run("iptables", &["-F", "FORWARD"]).code(), Some(0));
+    let start = Instant::now();
+    while rules() != before.0 {
+        assert!(start.elapsed() < PATIENCE, "{:?}", rules());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+
+    fs::write(&file, POLICY.replace("[Ingress]", "[Ingress, Egress]")).unwrap();
+    let status = wait("30s");
+    assert_eq!(status.code(), Some(0), "{}", status.stderr());
+    assert!(rules().iter().any(|rule| rule.contains("AZURE-NPM-EGRESS-")), "{:?}", rules());
+    drop(next);
+}
+
 #[test]
 fn an_agent_starts_serves_stops_is_taken_over_and_cleaned_up() {
     let Some(namespace) = Namespace::new("life") else { return };
@@ -96,10 +166,6 @@ fn an_agent_starts_serves_stops_is_taken_over_and_cleaned_up() {
     assert!(took < Duration::from_secs(2), "{took:?}");
     assert!(!socket.exists());
     assert_eq!(namespace.agent(&wait[..3]).code(), Some(1), "nobody answers");
-    let uncounted = |rules: &str| -> Vec<String> {
-        let lines = rules.lines().filter(|line| !line.starts_with(['#', ':']));
-        lines.map(ToOwned::to_owned).collect()
-    };
     assert_eq!(uncounted(&rules()), uncounted(&before), "what is programmed stays");
 
     let mut killed = Running(namespace.start(&run));

@@ -162,6 +162,10 @@ impl Backend for Panicking {
         "panicking"
     }
 
+    fn inherits(&self) -> bool {
+        false
+    }
+
     fn apply(&mut self, _: &Goal) -> Result<Applied, BackendError> {
         panic!("planted")
     }

@@ -1,6 +1,6 @@
 //! What is in the kernel: our sets and chains, read through `ipset save` and `iptables-save`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use npm_policy::goal::Family;
 
@@ -20,6 +20,26 @@ pub type Sets = BTreeMap<Family, BTreeMap<Name, Set>>;
 pub fn sets(tools: &Tools) -> Result<Sets, BackendError> {
     let saved = tools.run("ipset", &["save"], "")?;
     text::parse_sets(&saved).map_err(|error| unreadable("ipset save", &error))
+}
+
+/// The sets, of whomever, that rules or other sets name. Members are not read: it takes milliseconds whatever they are.
+///
+/// # Errors
+/// As [`sets`].
+pub fn held_sets(tools: &Tools) -> Result<BTreeSet<Name>, BackendError> {
+    let listed = tools.run("ipset", &["list", "-terse"], "")?;
+    let mut held = BTreeSet::new();
+    let mut set = None;
+    for line in listed.lines() {
+        if let Some(name) = line.strip_prefix("Name: ") {
+            set = Some(name);
+        } else if let Some(count) = line.strip_prefix("References: ")
+            && count != "0"
+        {
+            held.extend(set.map(Name::from));
+        }
+    }
+    Ok(held)
 }
 
 /// Reads one family's state in one variant.

@@ -16,11 +16,24 @@ use super::text;
 pub(super) struct Refusals {
     owners: BTreeMap<Name, BTreeSet<PolicyKey>>,
     degraded: BTreeMap<PolicyKey, BTreeSet<String>>,
+    /// The kinds of rules that the kernel refused.
+    refused: BTreeSet<(Family, Rule)>,
 }
 
 impl Refusals {
     pub(super) fn new(owners: BTreeMap<Name, BTreeSet<PolicyKey>>) -> Self {
-        Self { owners, degraded: BTreeMap::new() }
+        Self { owners, degraded: BTreeMap::new(), refused: BTreeSet::new() }
+    }
+
+    /// Whether `probe` finds the kernel to take a kind of rule that it has refused.
+    pub(super) fn any_lifted(&self, probe: impl Fn(Family, &Line) -> bool) -> bool {
+        self.refused.iter().any(|(family, rule)| probe(*family, &Line::Rule(rule.clone())))
+    }
+
+    /// Starts anew: nothing is refused.
+    pub(super) fn forget(&mut self) {
+        self.degraded.clear();
+        self.refused.clear();
     }
 
     /// The policies that allow less than they say.
@@ -57,6 +70,7 @@ impl Refusals {
                 continue;
             }
             let reason = format!("the kernel does not take {}", text::rule_text(&like));
+            self.refused.insert((family, like));
             for (chain, line) in lines {
                 self.leave_out(family, desired, &chain, &line, &reason);
                 learnt = true;

@@ -32,15 +32,18 @@ impl Variant {
     }
 
     /// Finds the variant that kubelet and kube-proxy use: where the kubelet's chains are; else the one with more rules;
-    /// else nft.
+    /// else nft; of those that are installed.
     pub fn detect(tools: &Tools) -> Self {
         for variant in Self::BOTH {
             if KUBELET_CHAINS.into_iter().any(|chain| variant.has_chain("mangle", chain)) {
                 return variant;
             }
         }
-        let [nft, legacy] = Self::BOTH.map(|variant| variant.rule_count(tools));
-        if legacy > nft { Self::Legacy } else { Self::Nft }
+        match Self::BOTH.map(|variant| variant.rule_count(tools)) {
+            [Some(nft), Some(legacy)] if legacy > nft => Self::Legacy,
+            [None, Some(_)] => Self::Legacy,
+            [Some(_), Some(_) | None] | [None, None] => Self::Nft,
+        }
     }
 
     /// `iptables-nft`, `ip6tables-legacy`, ...
@@ -94,13 +97,21 @@ impl Variant {
         iptables.chain_exists(table, chain).unwrap_or(false)
     }
 
-    /// How many rules all tables have. A program that can't be run has none.
-    fn rule_count(self, tools: &Tools) -> usize {
-        if !["filter", "nat", "mangle", "raw"].into_iter().any(|table| self.has_table(Family::V4, table)) {
-            return 0;
+    /// How many rules all tables have. `None`: it is not installed.
+    fn rule_count(self, tools: &Tools) -> Option<usize> {
+        let program = self.save(Family::V4);
+        let has_tables =
+            ["filter", "nat", "mangle", "raw"].into_iter().any(|table| self.has_table(Family::V4, table));
+        // Asked for its version it makes no tables.
+        let arguments: &[&str] = if has_tables { &[] } else { &["--version"] };
+        match tools.run(&program, arguments, "") {
+            Ok(saved) => Some(saved.lines().filter(|line| line.starts_with("-A ")).count()),
+            Err(BackendError::Spawn { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => None,
+            Err(error) => {
+                tracing::warn!(%error, "cannot count the rules of {program}");
+                Some(0)
+            }
         }
-        let saved = tools.run(&self.save(Family::V4), &[], "").unwrap_or_default();
-        saved.lines().filter(|line| line.starts_with("-A ")).count()
     }
 }
 

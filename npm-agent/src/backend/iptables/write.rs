@@ -44,7 +44,7 @@ pub(super) fn sets(tools: &Tools, family: Family, ops: &[SetOp]) -> Result<(), B
     if ops.len() <= SINGLE_WRITES && tools.directory.is_none() && single::all(ops) {
         return Ok(());
     }
-    tools.run("ipset", &["restore", "-exist"], &sets_text(family, ops)).map(drop)
+    tools.write("ipset", &["restore", "-exist"], &sets_text(family, ops))
 }
 
 /// Single members through libipset: microseconds instead of a process.
@@ -134,7 +134,7 @@ pub(super) fn rules(
 ) -> Result<(), BackendError> {
     let text = rules_text(transaction);
     let wait = lock_wait.as_secs().max(1).to_string();
-    tools.run(&variant.restore(family), &["--noflush", "-w", &wait], &text).map(drop)
+    tools.write(&variant.restore(family), &["--noflush", "-w", &wait], &text)
 }
 
 /// The set that could not be destroyed because rules name it, if that is what went wrong.
@@ -159,6 +159,7 @@ fn line_number(stderr: &str) -> Option<usize> {
 }
 
 /// A transaction that shows whether the kernel takes a rule: it makes a chain that nothing leads to, and removes it.
+/// Only a refusal counts: a tool that hangs or is missing says nothing of the rule.
 pub(super) fn probe(
     tools: &Tools,
     variant: Variant,
@@ -169,7 +170,8 @@ pub(super) fn probe(
     let wait = lock_wait.as_secs().max(1).to_string();
     let run = |lines: &str| {
         let text = format!("*filter\n:{} - [0:0]\n{lines}\nCOMMIT\n", layout::PROBE);
-        tools.run(&variant.restore(family), &["--noflush", "-w", &wait], &text).is_ok()
+        let outcome = tools.write(&variant.restore(family), &["--noflush", "-w", &wait], &text);
+        !matches!(outcome, Err(BackendError::Refused { .. }))
     };
     let taken = run(&format!("-A {} {}", layout::PROBE, text::line_text(rule)));
     // What is left of it after a failure here is a leftover that the next plan removes.

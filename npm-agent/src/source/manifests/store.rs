@@ -14,7 +14,7 @@ use tracing::debug;
 
 use super::text::{self, Parsed};
 use super::tree::{Stamp, Tree, read_text};
-use crate::source::Problem;
+use crate::source::{Completeness, Problem};
 
 /// Which object, of any kind.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,15 +58,8 @@ struct Manifest {
     /// Its good objects; while it is broken also those that it had before.
     objects: BTreeMap<Key, Change>,
     problems: Vec<Problem>,
-}
-
-/// What a file that is begun but not yet written means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Begun {
-    /// What it held before, for now.
-    Kept,
-    /// What it says: nothing.
-    Taken,
+    /// Whether it was ever read from end to end: what is broken since then has its last good objects.
+    is_known: bool,
 }
 
 /// All manifests under some paths.
@@ -89,6 +82,8 @@ pub(super) struct News {
     pub(super) problems: BTreeMap<String, Vec<Problem>>,
     /// Files that may change without looking changed, or are still being written: look again soon.
     pub(super) look_again: bool,
+    /// Some file is empty and was changed just now: whoever writes it may only have begun.
+    pub(super) is_begun: bool,
 }
 
 impl Store {
@@ -97,20 +92,22 @@ impl Store {
     }
 
     /// Looks at all files, reads those that have changed, and gives what is news since the last look.
-    pub(super) fn look(&mut self, begun: Begun) -> News {
+    pub(super) fn look(&mut self) -> News {
         let Tree { files, unread } = Tree::list(&self.paths);
         // What lies under something that can't be listed may still be there: it keeps its last good objects.
         self.manifests.retain(|path, _| {
             files.contains_key(path) || unread.keys().any(|unread| path.starts_with(unread))
         });
         let mut look_again = false;
+        let mut is_begun = false;
         for (path, stamp) in files {
             look_again |= stamp.is_fresh();
+            is_begun |= stamp.is_begun();
             let manifest = self.manifests.entry(path.clone()).or_default();
             if manifest.stamp.as_ref().is_some_and(|read| read.is_surely(&stamp)) {
                 continue;
             }
-            if begun == Begun::Kept && stamp.is_begun() && !manifest.objects.is_empty() {
+            if stamp.is_begun() && !manifest.objects.is_empty() {
                 continue;
             }
             match read_text(&path) {
@@ -140,13 +137,20 @@ impl Store {
                 .map(|(o, p)| (o.clone(), p.clone())),
         );
         self.told_problems = problems;
-        News { changes, problems: news, look_again }
+        News { changes, problems: news, look_again, is_begun }
     }
 
     /// What could not be read at the last look.
     pub(super) fn unread(&self) -> Vec<PathBuf> {
         let unread = self.manifests.iter().filter(|(_, manifest)| manifest.stamp.is_none());
         unread.map(|(path, _)| path.clone()).collect()
+    }
+
+    /// What was never read from end to end.
+    pub(super) fn completeness(&self) -> Completeness {
+        let unread = self.manifests.iter().filter(|(_, manifest)| !manifest.is_known);
+        let unread: Vec<String> = unread.map(|(path, _)| path.display().to_string()).collect();
+        if unread.is_empty() { Completeness::Complete } else { Completeness::Incomplete { unread } }
     }
 
     /// All files' objects together, the last in the order of paths winning; and the problems by file.
@@ -208,7 +212,8 @@ impl Manifest {
             }
             kept.extend(missing);
         }
-        *self = Self { stamp: Some(stamp), objects: kept, problems };
+        let is_known = self.is_known || (is_whole && !stamp.is_begun());
+        *self = Self { stamp: Some(stamp), objects: kept, problems, is_known };
     }
 
     /// Keeps what was read last.
