@@ -203,7 +203,7 @@ fn what_is_no_value_is_refused_with_what_would_be() {
         ("status --timeout soon", "whole number"),
         ("render --node n", "--filename"),
         ("render -f x --node n --family 5", "possible values: 4, 6"),
-        ("render -f x --node n --backend ebpf", "not in this version"),
+        ("render -f x --node n --backend nft", "possible values: iptables, ebpf"),
         ("cleanup --all", "unexpected argument '--all'"),
         ("completions tcsh", "possible values: bash"),
         ("fly", "unrecognized subcommand 'fly'"),

@@ -19,7 +19,8 @@ use serde::Deserialize;
 /// most first.
 const TESTS: &[&[&str]] = &[
     &["-p", "npm-tests", "--test", "agreement", "--test", "cases"],
-    &["-p", "npm-policy", "-p", "npm-agent", "--lib"],
+    &["-p", "npm-policy", "-p", "npm-agent", "-p", "npm-common", "--lib"],
+    &["-p", "npm-tests", "--test", "ebpf_agreement"],
     &["-p", "npm-tests", "--test", "iptables_plan", "--test", "iptables_rendered"],
     &["-p", "npm-agent", "--test", "bad_input", "--test", "matrix"],
 ];
