@@ -41,7 +41,7 @@ pub fn check<S: Strategy>(
     let config = Config {
         cases: cases * scale,
         failure_persistence: Some(Box::new(FileFailurePersistence::Direct(regressions))),
-        max_shrink_iters: 20_000,
+        max_shrink_iters: crate::random::shrink_iterations(20_000),
         source_file: Some(file!()),
         ..Config::default()
     };
