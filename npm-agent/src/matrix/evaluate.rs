@@ -14,7 +14,7 @@ use npm_policy::world::{Change, World};
 
 use crate::backend::iptables::render::{Rendered, RenderedError};
 
-use super::{Cell, Endpoint, Engine, Matrix, MatrixError, Probe, Request, Rows, endpoints, named_probes};
+use super::{Cell, Endpoint, Engine, Matrix, MatrixError, Probe, Request, Rows, endpoints, picked_probes};
 
 /// Answers a request. The engines work on all processors.
 ///
@@ -25,7 +25,7 @@ pub fn evaluate(request: &Request) -> Result<Matrix, MatrixError> {
     let mut seen = BTreeSet::new();
     let mut probes: Vec<Probe> = probes.iter().copied().filter(|probe| seen.insert(*probe)).collect();
     if probes.is_empty() {
-        probes = named_probes(world);
+        probes = picked_probes(world);
     }
     let endpoints = endpoints(world, externals, *family);
     let mut names = BTreeSet::new();
