@@ -118,7 +118,8 @@ fn add(converted: &mut Document, kind: Kind, node: Node, listed_as: Option<Kind>
     let is_foreign =
         node.field("apiVersion").and_then(Node::text).is_some_and(|version| kind.is_foreign(version));
     let (object, is_named) = object(kind, node, listed_as);
-    if !is_foreign && !(is_named && object.change.is_some()) {
+    let is_whole = is_named && object.change.is_some();
+    if !is_foreign && !is_whole {
         let kind = kind.name();
         converted.broken.push(problem(&format!("a {kind} that can't be told from others may be cut short")));
     }
