@@ -1,5 +1,6 @@
 //! The seam between what must hold and how the kernel is made to hold it: one value in, one converged kernel out.
 
+pub mod ebpf;
 pub mod iptables;
 
 use npm_policy::flow::{Decision, Flow};

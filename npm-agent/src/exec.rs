@@ -176,7 +176,8 @@ fn wait(mut child: Child, deadline: Duration) -> io::Result<Option<ExitStatus>> 
         let end = Instant::now() + within;
         loop {
             let left = end.saturating_duration_since(Instant::now());
-            let left = Timespec::try_from(left).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+            let left = Timespec::try_from(left)
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
             match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)) {
                 Ok(ready) => return Ok(ready > 0),
                 Err(rustix::io::Errno::INTR) => {}

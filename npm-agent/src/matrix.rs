@@ -3,11 +3,12 @@
 //! ```text
 //! World ─► endpoints x endpoints x probes ─► oracle            the objects, read literally
 //!                                        ├─► goal              the compiled rules, interpreted
-//!                                        └─► iptables          the compiled rules, rendered and interpreted
+//!                                        ├─► iptables          the compiled rules, rendered and interpreted
+//!                                        └─► ebpf              the compiled rules, as maps of this kernel's program
 //! ```
 //!
-//! Every pod is judged on a node of its own, so that both directions count and no traffic stays on a node. No kernel
-//! is asked.
+//! Every pod is judged on a node of its own, so that both directions count and no traffic stays on a node. Of the
+//! kernel nothing is asked but to run a program on packets that nobody sent ([`Engine::Ebpf`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -20,13 +21,15 @@ use npm_policy::model::{PodKey, PodPhase, Port, Ports, Protocol};
 use npm_policy::world::World;
 use serde::Serialize;
 
+use crate::backend::ebpf::kernel::KernelError;
+use crate::backend::ebpf::lower::LowerError;
 use crate::backend::iptables::render::RenderedError;
 
 mod evaluate;
 mod expect;
 mod table;
 
-pub use evaluate::evaluate;
+pub use evaluate::{Evaluator, evaluate};
 pub use expect::{Difference, Expectation, ExpectationError};
 
 /// What is asked.
@@ -53,11 +56,16 @@ pub enum Engine {
     Goal,
     /// [`crate::backend::iptables::render::Rendered::decide`] on the nodes of both ends.
     Iptables,
+    /// [`crate::backend::ebpf::kernel::Kernel::verdict`] on the nodes of both ends: needs the right to load programs.
+    Ebpf,
 }
 
 impl Engine {
     /// All of them, in order.
-    pub const ALL: [Self; 3] = [Self::Oracle, Self::Goal, Self::Iptables];
+    pub const ALL: [Self; 4] = [Self::Oracle, Self::Goal, Self::Iptables, Self::Ebpf];
+
+    /// Those that need no privilege.
+    pub const UNPRIVILEGED: [Self; 3] = [Self::Oracle, Self::Goal, Self::Iptables];
 
     /// The name that users know it by.
     pub fn name(self) -> &'static str {
@@ -65,6 +73,7 @@ impl Engine {
             Self::Oracle => "oracle",
             Self::Goal => "goal",
             Self::Iptables => "iptables",
+            Self::Ebpf => "ebpf",
         }
     }
 }
@@ -329,4 +338,16 @@ pub enum MatrixError {
         #[source]
         source: RenderedError,
     },
+    /// The rules of a pod's node do not fit into the eBPF maps.
+    #[error("the rules of {pod}'s node do not fit into the eBPF maps")]
+    Lowered {
+        /// The pod.
+        pod: PodKey,
+        /// What is too much.
+        #[source]
+        source: LowerError,
+    },
+    /// The kernel gives no verdicts.
+    #[error("the engine ebpf can't be asked")]
+    Kernel(#[from] KernelError),
 }

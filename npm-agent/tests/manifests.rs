@@ -242,6 +242,26 @@ async fn a_refresh_waits_for_a_file_that_is_begun() {
 }
 
 #[tokio::test]
+async fn a_refresh_does_not_wait_for_ever_for_a_file_that_is_never_written() {
+    let directory = directory();
+    let file = directory.path().join("a.yaml");
+    fs::write(&file, policy("a", 1)).unwrap();
+    let mut told = Told::start(directory.path()).await;
+    fs::write(&file, "").unwrap();
+    let end = std::time::Instant::now() + Duration::from_secs(8);
+    let writer = std::thread::spawn(move || {
+        while std::time::Instant::now() < end {
+            fs::write(&file, "").unwrap();
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    });
+    told.refresh().await;
+    assert!(!writer.is_finished(), "the answer comes while the file is still being begun");
+    assert_eq!(told.names(), ["a"], "what it held before counts meanwhile");
+    writer.join().unwrap();
+}
+
+#[tokio::test]
 async fn of_two_files_the_last_counts() {
     let directory = directory();
     let path = |name: &str| directory.path().join(name);

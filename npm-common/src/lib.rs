@@ -1,7 +1,10 @@
-//! What the two sides of the kernel boundary must agree on: mark bits, protocol numbers, header layouts, counters.
+//! What the two sides of the kernel boundary must agree on: mark bits, protocol numbers, header layouts, counters, the
+//! maps and the decision that is made on them.
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod decide;
+pub mod layout;
 pub mod mark;
 pub mod packet;
 pub mod tally;

@@ -4,6 +4,8 @@ pub mod exec;
 pub mod features;
 pub mod kubernetes;
 pub mod lab;
+pub mod opinions;
+pub mod property;
 pub mod random;
 pub mod scenario;
 pub mod table;

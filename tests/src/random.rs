@@ -151,6 +151,15 @@ fn transport(world: &World, destination: IpAddr, numbers: &mut SplitMix) -> Tran
     }
 }
 
+/// How often a counterexample is made smaller, at the most: `NPM_SHRINK`, or `default`. Who only asks whether there is
+/// one (`cargo xtask mutants`) sets 0.
+///
+/// # Panics
+/// `NPM_SHRINK` is no number.
+pub fn shrink_iterations(default: u32) -> u32 {
+    std::env::var("NPM_SHRINK").map_or(default, |text| text.parse().expect("NPM_SHRINK is a number"))
+}
+
 /// A small generator of numbers for choices that need no shrinking (Steele et al., SplitMix64).
 #[derive(Clone, Debug)]
 pub struct SplitMix(pub u64);

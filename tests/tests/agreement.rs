@@ -4,23 +4,23 @@
 //! `NPM_SEED=<number>` repeats a run; `NPM_CASES=<n>` scales it. Counterexamples are kept in
 //! `tests/regressions/agreement.txt` and run first.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use npm_agent::backend::iptables::render::Rendered;
 use npm_policy::compile::{Compiler, compile};
-use npm_policy::flow::{Decision, Flow, Judgement};
+use npm_policy::flow::{Decision, Judgement};
 use npm_policy::goal::Goal;
 use npm_policy::model::PodKey;
 use npm_policy::verdict::oracle;
 use npm_policy::world::{Change, World};
 use npm_tests::features::FEATURES;
-use npm_tests::random::{NODES, SplitMix, crowd, flows, sequence, world, world_of};
+use npm_tests::opinions::{compiled, everybody_has_a_node, goals, rendered};
+use npm_tests::random::{NODES, crowd, flows, sequence, world, world_of};
+use npm_tests::{property, regressions};
 use proptest::prelude::*;
-use proptest::test_runner::{Config, FileFailurePersistence, RngAlgorithm, TestError, TestRng, TestRunner};
 
 const FLOWS_PER_WORLD: usize = 150;
 
-/// Runs `property` on `cases` values of `strategy`, and prints the seed.
 fn check<S: Strategy>(
     name: &'static str,
     cases: u32,
@@ -29,80 +29,7 @@ fn check<S: Strategy>(
 ) where
     S::Value: std::fmt::Debug,
 {
-    let seed = match std::env::var("NPM_SEED") {
-        Ok(text) => text.parse().expect("NPM_SEED is a number"),
-        Err(_) => std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .map_or(0, |since| u64::try_from(since.as_nanos() & u128::from(u64::MAX)).unwrap_or(0)),
-    };
-    let scale: u32 =
-        std::env::var("NPM_CASES").map_or(1, |text| text.parse().expect("NPM_CASES is a number"));
-    println!("{name}: NPM_SEED={seed}, {} cases", cases * scale);
-    let mut numbers = SplitMix(seed);
-    let bytes: Vec<u8> = (0..4).flat_map(|_| numbers.next().to_le_bytes()).collect();
-    let regressions = concat!(env!("CARGO_MANIFEST_DIR"), "/regressions/agreement.txt");
-    let config = Config {
-        cases: cases * scale,
-        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(regressions))),
-        max_shrink_iters: 20_000,
-        source_file: Some(file!()),
-        ..Config::default()
-    };
-    let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
-    match runner.run(&strategy, property) {
-        Ok(()) => {}
-        Err(TestError::Fail(reason, value)) => {
-            panic!("{name}: {reason}\nsmallest world: {value:#?}\nNPM_SEED={seed}")
-        }
-        Err(TestError::Abort(reason)) => panic!("{name}: {reason}\nNPM_SEED={seed}"),
-    }
-}
-
-/// Each node's Goal.
-fn goals(world: &World) -> BTreeMap<&'static str, Goal> {
-    NODES.iter().map(|node| (*node, compile(world, node).0)).collect()
-}
-
-/// What the compiled rules say: the destination's node of ingress, the source's of egress.
-fn compiled(world: &World, goals: &BTreeMap<&'static str, Goal>, flow: &Flow) -> (Judgement, Judgement) {
-    let at = |address| {
-        let node = world.holder(address)?.node.as_deref()?;
-        Some(goals.get(node)?.verdict(flow))
-    };
-    let ingress = at(flow.destination).map_or(Judgement::NotIsolated, |verdict| verdict.ingress);
-    let egress = at(flow.source).map_or(Judgement::NotIsolated, |verdict| verdict.egress);
-    (ingress, egress)
-}
-
-/// What the rendered rules and sets of the nodes at both ends do, written as text, read back and interpreted.
-fn rendered(
-    world: &World,
-    nodes: &BTreeMap<&'static str, Rendered>,
-    flow: &Flow,
-) -> Result<Decision, TestCaseError> {
-    let ends = [flow.source, flow.destination].map(|address| world.holder(address)?.node.as_deref());
-    // One node of both sees the flow once.
-    let mut seen = BTreeSet::new();
-    for node in ends.into_iter().flatten().filter(|node| seen.insert(*node)) {
-        let Some(rendered) = nodes.get(node) else { continue };
-        let decision = rendered.decide(flow).map_err(|error| TestCaseError::fail(format!("{error:?}")))?;
-        if decision == Decision::Deny {
-            return Ok(Decision::Deny);
-        }
-    }
-    Ok(Decision::Allow)
-}
-
-/// A pod that no node runs is enforced nowhere; the oracle judges it all the same.
-fn everybody_has_a_node(changes: Vec<Change>) -> Vec<Change> {
-    let place = |change| match change {
-        Change::Pod(key, Some(mut pod)) => {
-            pod.node.get_or_insert_with(|| NODES[0].into());
-            Change::Pod(key, Some(pod))
-        }
-        Change::Pod(_, None) | Change::Namespace(..) | Change::Policy(..) => change,
-    };
-    changes.into_iter().map(place).collect()
+    property::check(regressions!("agreement.txt"), name, cases, strategy, property);
 }
 
 #[test]

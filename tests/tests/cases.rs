@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
-use npm_agent::matrix::{Cell, Engine, Matrix, Probe, Request, Rows, evaluate};
+use npm_agent::matrix::{Cell, Engine, Evaluator, Matrix, Probe, Request, Rows};
 use npm_agent::source::Problem;
 use npm_agent::source::manifests::{self, Reading};
 use npm_policy::goal::Family;
@@ -93,6 +93,15 @@ fn read(case: &Case) -> (World, Vec<Problem>) {
     (world, problems)
 }
 
+/// All engines; without the right to load programs, which CI must have, all but eBPF's.
+fn engines() -> Vec<Engine> {
+    if nix::unistd::geteuid().is_root() {
+        return Engine::ALL.to_vec();
+    }
+    assert!(std::env::var("CI").as_deref() != Ok("true"), "a skipped engine is a failure in CI");
+    Engine::UNPRIVILEGED.to_vec()
+}
+
 fn request(case: &Case, world: World) -> Request {
     let probe =
         |text: &String| text.parse::<Probe>().unwrap_or_else(|error| panic!("{}: {error}", case.name));
@@ -105,7 +114,7 @@ fn request(case: &Case, world: World) -> Request {
             Some(6) => Family::V6,
             Some(other) => panic!("{}: family {other}", case.name),
         },
-        engines: Engine::ALL.into_iter().collect(),
+        engines: engines().into_iter().collect(),
     }
 }
 
@@ -131,9 +140,11 @@ fn every_engine_agrees_with_the_documentation() {
     let mut failures = String::new();
     let mut wrong = BTreeSet::new();
     let mut compared: BTreeMap<Engine, usize> = BTreeMap::new();
+    let mut evaluator = Evaluator::default();
     for (file, case) in &all {
         let request = request(case, read(case).0);
-        let matrix = evaluate(&request).unwrap_or_else(|error| panic!("{file}: {}: {error}", case.name));
+        let matrix =
+            evaluator.evaluate(&request).unwrap_or_else(|error| panic!("{file}: {}: {error}", case.name));
         for (engine, tables) in &matrix.engines {
             for (probe, rows) in tables {
                 let expected = &case.expect[&probe.to_string()];
@@ -158,7 +169,10 @@ fn every_engine_agrees_with_the_documentation() {
     assert!(wrong.is_empty(), "{} of {} cases are wrong: {wrong:?}\n{failures}", wrong.len(), all.len());
     assert!(all.len() >= 200, "{} cases", all.len());
     let tables: usize = all.iter().map(|(_, case)| case.expect.len()).sum();
-    assert_eq!(compared, Engine::ALL.into_iter().map(|engine| (engine, tables)).collect());
+    assert_eq!(compared, engines().into_iter().map(|engine| (engine, tables)).collect());
+    if !compared.contains_key(&Engine::Ebpf) {
+        eprintln!("SKIPPED: the engine ebpf: eBPF programs are loaded by root only");
+    }
 }
 
 /// A case that is read otherwise than it was meant proves nothing.

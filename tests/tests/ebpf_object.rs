@@ -156,6 +156,28 @@ fn counts_live_traffic(attach: impl FnOnce(&mut SchedClassifier) -> Result<()> +
     })
 }
 
+/// What the verifier went through, most of it in the parser; a tenth more than at the last look is room enough.
+#[test]
+fn the_verifiers_work_does_not_grow() -> Result<()> {
+    if !is_root() {
+        return Ok(());
+    }
+    let mut observer = Observer::load()?;
+    for (name, most) in [("observe", 52_500), ("verdict", 59_500)] {
+        let program: &mut SchedClassifier =
+            observer.ebpf.program_mut(name).context("finding the program")?.try_into()?;
+        // The observer's is loaded already.
+        if name != "observe" {
+            program.load().with_context(|| format!("passing the verifier: {name}"))?;
+        }
+        let verified =
+            program.info()?.verified_instruction_count().context("the kernel counts since 5.16")?;
+        println!("{name}: {verified} instructions verified");
+        ensure!(verified <= most, "{name}: the verifier followed {verified} instructions, more than {most}");
+    }
+    Ok(())
+}
+
 #[test]
 fn counts_live_traffic_attached_by_tcx() -> Result<()> {
     if !is_root() || KernelVersion::current()? < KernelVersion::new(6, 6, 0) {

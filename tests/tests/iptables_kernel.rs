@@ -4,7 +4,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::PathBuf;
 
 use imbl::{OrdMap, OrdSet};
 use npm_agent::backend::iptables::layout::Placement;
@@ -15,20 +14,22 @@ use npm_agent::backend::iptables::{Iptables, Options};
 use npm_agent::backend::{Applied, Backend, BackendError};
 use npm_agent::exec::Tools;
 use npm_policy::compile::compile;
-use npm_policy::flow::{Flow, Transport};
 use npm_policy::goal::{
     Clause, Expression, Family, Goal, Member, PeerMatch, PortMatch, Program, Set, SetKey,
 };
-use npm_policy::model::{NamespaceScope, PodKey, PolicyKey, Protocol, Selector};
+use npm_policy::model::{NamespaceScope, PodKey, PolicyKey, Selector};
 use npm_tests::random::{NODES, flows, sequence, world, world_of};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
+#[path = "iptables_kernel/failures.rs"]
+mod failures;
+#[path = "iptables_kernel/neighbours.rs"]
+mod neighbours;
+
 /// Runs `test` for both variants, each in a fresh network namespace.
 fn in_namespace(test: fn(Variant)) {
-    if !nix::unistd::geteuid().is_root() {
-        assert!(std::env::var_os("CI").is_none(), "kernel tests need root, and CI must not skip them");
-        eprintln!("SKIPPED: not root, nothing of the kernel is tested");
+    if !npm_tests::lab::require_root() {
         return;
     }
     for variant in Variant::BOTH {
@@ -458,75 +459,6 @@ fn more_members_than_a_set_holds_by_default() {
         // A set that both directions could see is exchanged whole.
         assert_eq!(writes(&backend.apply(&wide_goal(35_000..105_000)).unwrap()).1, 0);
         backend.remove().unwrap();
-    });
-}
-
-/// A tool directory in which `iptables-*-restore` refuses what the kernel of another node would.
-fn without_sctp(variant: Variant) -> (tempfile::TempDir, Tools) {
-    let directory = tempfile::tempdir().unwrap();
-    let path = |program: &str| PathBuf::from(run("bash", &["-c", &format!("command -v {program}")]).trim());
-    std::os::unix::fs::symlink(path("ipset"), directory.path().join("ipset")).unwrap();
-    for family in Family::BOTH {
-        let save = variant.save(family);
-        std::os::unix::fs::symlink(path(&save), directory.path().join(&save)).unwrap();
-        let other = variant.other().save(family);
-        std::os::unix::fs::symlink(path(&other), directory.path().join(&other)).unwrap();
-        let restore = variant.restore(family);
-        // nft says which line; legacy says COMMIT's.
-        let line = match variant {
-            Variant::Nft => {
-                "echo \"line $(grep -n -m1 -- '-m sctp' <<< \"$input\" | cut -d: -f1): RULE_APPEND failed\" >&2"
-            }
-            Variant::Legacy => "echo \"iptables-restore: line $(wc -l <<< \"$input\") failed\" >&2",
-        };
-        let script = format!(
-            "#!/bin/bash\ninput=$(cat)\nif grep -q -- '-m sctp' <<< \"$input\"; then {line}; exit 4; fi\n\
-             exec {} \"$@\" <<< \"$input\"\n",
-            path(&restore).display()
-        );
-        let file = directory.path().join(&restore);
-        std::fs::write(&file, script).unwrap();
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        std::fs::set_permissions(&file, mode).unwrap();
-    }
-    let tools = Tools { directory: Some(directory.path().to_owned()), ..Tools::default() };
-    (directory, tools)
-}
-
-#[test]
-fn a_rule_that_the_kernel_refuses_costs_that_rule_only() {
-    in_namespace(|variant| {
-        let (_directory, tools) = without_sctp(variant);
-        let goal = (0..)
-            .map(random_goal)
-            .find(|goal| Rendered::of(goal).filter_text(Family::V4).contains("-m sctp"))
-            .unwrap();
-        let mut backend = Iptables::new(Options { tools, ..options(variant) }).unwrap();
-        let applied = backend.apply(&goal).unwrap();
-        assert!(!applied.degraded.is_empty());
-        let kept: usize = expected(&goal)
-            .values()
-            .flat_map(|state| state.chains.values())
-            .flat_map(|chain| chain.iter())
-            .filter(|line| !format!("{line:?}").contains("protocol: Some(132), ports: Some("))
-            .count();
-        let read: usize = backend
-            .read()
-            .unwrap()
-            .values()
-            .flat_map(|state| state.chains.values())
-            .map(|chain| chain.len())
-            .sum();
-        assert_eq!(read, kept);
-        assert_eq!(backend.verify().unwrap().drift, Vec::<String>::new());
-        // Stricter, never more open.
-        let sctp = Transport::Port(Protocol::Sctp, 80);
-        let probes = flows(&world_of(random(&world(), 3)), 60, 1);
-        for flow in probes.into_iter().map(|flow| Flow { transport: sctp, ..flow }) {
-            let decided = backend.decide(&flow).unwrap();
-            let said = goal.verdict(&flow).decision();
-            assert!(decided <= said, "{flow}: {decided:?} where the policies say {said:?}");
-        }
     });
 }
 

@@ -293,7 +293,12 @@ fn rule_size(rule: &Rule) -> usize {
 }
 
 fn config(cases: u32) -> ProptestConfig {
-    ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 3000, ..ProptestConfig::default() }
+    ProptestConfig {
+        cases,
+        failure_persistence: None,
+        max_shrink_iters: npm_tests::random::shrink_iterations(3000),
+        ..ProptestConfig::default()
+    }
 }
 
 fn compiler(changes: Vec<Change>) -> Compiler {

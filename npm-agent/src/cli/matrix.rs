@@ -45,7 +45,9 @@ pub struct MatrixArgs {
     #[arg(long, value_enum, default_value = "4")]
     pub family: FamilyArg,
 
-    /// Whom to ask [default: oracle; with --expect the engines of that file]
+    /// Whom to ask: oracle, goal, iptables, ebpf [default: oracle; with --expect the engines of that file]
+    ///
+    /// ebpf asks this kernel, with a program that is loaded for the answer and attached to nothing: it needs root.
     #[arg(long = "engine", value_name = "ENGINE", value_delimiter = ',')]
     pub engines: Vec<Engine>,
 

@@ -6,21 +6,33 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
+use clap::ValueEnum;
+use npm_common::layout::WORDS;
 use npm_policy::compile::compile;
 use npm_policy::goal::{Family, Goal};
 use npm_policy::world::World;
 
 use super::matrix::FamilyArg;
+use crate::backend::ebpf::{lower, words};
 use crate::backend::iptables::render::Rendered;
 use crate::backend::iptables::text;
-use crate::config::value::{self, BackendKind};
+use crate::config::value;
 use crate::source::manifests;
+
+/// What would program the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Form {
+    /// Input of ipset and iptables-restore
+    Iptables,
+    /// The contents of the eBPF maps, with the names of sets for the numbers of bits
+    Ebpf,
+}
 
 /// Print what would be programmed on a node, offline
 ///
 /// Reads manifests and prints the sets as input of `ipset restore` and the chains as input of `iptables-restore
 /// --noflush` and `ip6tables-restore --noflush`. Nothing is programmed and no privilege is needed. The text is the
-/// same for iptables-nft and iptables-legacy.
+/// same for iptables-nft and iptables-legacy. With `--backend ebpf` it prints what the eBPF maps would hold, in words.
 ///
 /// What is wrong with the manifests is printed on standard error; what is right is rendered all the same, as the
 /// agent would enforce it.
@@ -28,9 +40,9 @@ use crate::source::manifests;
 /// Example: npm-agent render --node node-1 -f deploy/demo
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// What would program the kernel: iptables
-    #[arg(long, value_name = "BACKEND", default_value_t = BackendKind::Iptables)]
-    backend: BackendKind,
+    /// What would program the kernel
+    #[arg(long, value_enum, value_name = "BACKEND", default_value = "iptables", ignore_case = true)]
+    backend: Form,
 
     /// File or directory with Kubernetes YAML or JSON; may be given several times
     #[arg(short = 'f', long = "filename", value_name = "FILE|DIR", required = true)]
@@ -48,7 +60,7 @@ pub struct Args {
 /// Prints what would be programmed.
 ///
 /// # Errors
-/// A file is not there, or standard output can't be written.
+/// A file is not there, the goal does not fit into the eBPF maps, or standard output can't be written.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     for file in &args.files {
         std::fs::metadata(file).with_context(|| format!("cannot read {}", file.display()))?;
@@ -70,22 +82,26 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     let families = args.family.map_or(Family::BOTH.to_vec(), |family| vec![family.into()]);
     match args.backend {
-        BackendKind::Iptables => super::print(&iptables_text(&args.node, &goal, &families))?,
+        Form::Iptables => super::print(&iptables_text(&args.node, &goal, &families))?,
+        Form::Ebpf => super::print(&ebpf_text(&args.node, &goal, &families)?)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn heading(node: &str, goal: &Goal) -> String {
+    let (programs, subjects) = (goal.programs.len(), goal.subjects.len());
+    format!("# node {node}: {programs} policies select {subjects} of its pods\n\n")
+}
+
+fn ebpf_text(node: &str, goal: &Goal, families: &[Family]) -> anyhow::Result<String> {
+    let lowered = lower::lower::<WORDS>(goal).context("filling the eBPF maps")?;
+    Ok(heading(node, goal) + &words::text(goal, &lowered, families))
 }
 
 /// The rendered goal with comments for people. Both restore programs pass over lines that begin with `#`.
 fn iptables_text(node: &str, goal: &Goal, families: &[Family]) -> String {
     let rendered = Rendered::of(goal);
-    let mut out = String::new();
-    // Writing to a String cannot fail.
-    let _ = writeln!(
-        out,
-        "# node {node}: {} policies select {} of its pods\n",
-        goal.programs.len(),
-        goal.subjects.len()
-    );
+    let mut out = heading(node, goal);
     out.push_str("# ipset restore\n");
     for &family in families {
         let names: BTreeMap<_, _> =

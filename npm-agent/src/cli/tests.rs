@@ -176,10 +176,8 @@ fn the_unit_waits_with_a_command_that_exists_for_less_long_than_systemd() {
         |key: &str| unit.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_else(|| panic!("{key}"));
     let program = value("ExecStart=").split_whitespace().next().unwrap();
     let command = value("ExecStartPost=-").strip_prefix(program).unwrap();
-    match parse(command).unwrap().command {
-        Command::Status(_) => {}
-        other => panic!("{other:?}"),
-    }
+    let asked = parse(command).unwrap().command;
+    assert!(matches!(asked, Command::Status(_)), "{asked:?}");
     let timeout = command.split_once("--timeout ").unwrap().1;
     let timeout = crate::config::duration::parse_duration(timeout).unwrap();
     assert!(timeout.as_secs() < value("TimeoutStartSec=").parse().unwrap());
@@ -205,7 +203,7 @@ fn what_is_no_value_is_refused_with_what_would_be() {
         ("status --timeout soon", "whole number"),
         ("render --node n", "--filename"),
         ("render -f x --node n --family 5", "possible values: 4, 6"),
-        ("render -f x --node n --backend ebpf", "not in this version"),
+        ("render -f x --node n --backend nft", "possible values: iptables, ebpf"),
         ("cleanup --all", "unexpected argument '--all'"),
         ("completions tcsh", "possible values: bash"),
         ("fly", "unrecognized subcommand 'fly'"),

@@ -12,37 +12,66 @@ use npm_policy::model::{Pod, PodKey};
 use npm_policy::verdict::oracle;
 use npm_policy::world::{Change, World};
 
+use crate::backend::ebpf::kernel::Kernel;
+use crate::backend::ebpf::lower::{decision, lower};
 use crate::backend::iptables::render::{Rendered, RenderedError};
 
 use super::{Cell, Endpoint, Engine, Matrix, MatrixError, Probe, Request, Rows, endpoints, picked_probes};
 
+/// Answers requests, and keeps the eBPF program that it has loaded for one for the next.
+#[derive(Default)]
+pub struct Evaluator {
+    kernel: Option<Kernel>,
+}
+
 /// Answers a request. The engines work on all processors.
 ///
 /// # Errors
-/// The request is ambiguous.
+/// As [`Evaluator::evaluate`].
 pub fn evaluate(request: &Request) -> Result<Matrix, MatrixError> {
-    let Request { world, probes, externals, family, engines } = request;
-    let mut seen = BTreeSet::new();
-    let mut probes: Vec<Probe> = probes.iter().copied().filter(|probe| seen.insert(*probe)).collect();
-    if probes.is_empty() {
-        probes = picked_probes(world);
+    Evaluator::default().evaluate(request)
+}
+
+impl Evaluator {
+    /// Answers a request. The engines work on all processors, but for the kernel's.
+    ///
+    /// # Errors
+    /// The request is ambiguous, or an engine can't be asked.
+    pub fn evaluate(&mut self, request: &Request) -> Result<Matrix, MatrixError> {
+        let Request { world, probes, externals, family, engines } = request;
+        let mut seen = BTreeSet::new();
+        let mut probes: Vec<Probe> = probes.iter().copied().filter(|probe| seen.insert(*probe)).collect();
+        if probes.is_empty() {
+            probes = picked_probes(world);
+        }
+        let endpoints = endpoints(world, externals, *family);
+        let mut names = BTreeSet::new();
+        if let Some(twice) = endpoints.iter().find(|endpoint| !names.insert(&endpoint.name)) {
+            return Err(MatrixError::Ambiguous { name: twice.name.clone() });
+        }
+        let question = Question { world, probes: &probes, endpoints: &endpoints };
+        let mut answers = BTreeMap::new();
+        for engine in engines {
+            let decisions = match engine {
+                Engine::Oracle => question.ask_oracle(),
+                Engine::Goal => question.ask_nodes(Judge::Goal)?,
+                Engine::Iptables => {
+                    question.ask_nodes(|goal| Judge::Iptables(Box::new(Rendered::of(&goal))))?
+                }
+                Engine::Ebpf => question.ask_kernel(self.kernel()?)?,
+            };
+            answers.insert(*engine, question.tables(&decisions));
+        }
+        Ok(Matrix { probes, endpoints, engines: answers })
     }
-    let endpoints = endpoints(world, externals, *family);
-    let mut names = BTreeSet::new();
-    if let Some(twice) = endpoints.iter().find(|endpoint| !names.insert(&endpoint.name)) {
-        return Err(MatrixError::Ambiguous { name: twice.name.clone() });
-    }
-    let question = Question { world, probes: &probes, endpoints: &endpoints };
-    let mut answers = BTreeMap::new();
-    for engine in engines {
-        let decisions = match engine {
-            Engine::Oracle => question.ask_oracle(),
-            Engine::Goal => question.ask_nodes(Judge::Goal)?,
-            Engine::Iptables => question.ask_nodes(|goal| Judge::Iptables(Box::new(Rendered::of(&goal))))?,
+
+    fn kernel(&mut self) -> Result<&mut Kernel, MatrixError> {
+        let kernel = match self.kernel.take() {
+            Some(kernel) => kernel,
+            None => Kernel::load()?,
         };
-        answers.insert(*engine, question.tables(&decisions));
+        Ok(self.kernel.insert(kernel))
     }
-    Ok(Matrix { probes, endpoints, engines: answers })
 }
 
 /// What one node's rules do with flows.
@@ -96,22 +125,44 @@ impl Question<'_> {
     /// A flow is allowed if the nodes of both ends allow it.
     fn ask_nodes(&self, judge: impl Fn(Goal) -> Judge + Sync) -> Result<Decisions, MatrixError> {
         let world = apart(self.world);
+        let denied = on_all_processors(&self.nodes(&world), |(holder, places)| {
+            let Some(goal) = goal_of(&world, holder) else { return Ok(Vec::new()) };
+            let judge = judge(goal);
+            self.denied_by(|flow| judge.decide(flow), places)
+                .map_err(|source| MatrixError::Rendered { pod: PodKey::clone(holder), source })
+        });
+        self.decisions(denied)
+    }
+
+    /// The same, one node after the other: there is one program, whose maps hold one node's rules at a time.
+    fn ask_kernel(&self, kernel: &mut Kernel) -> Result<Decisions, MatrixError> {
+        let world = apart(self.world);
+        let denied = self.nodes(&world).into_iter().map(|(holder, places)| {
+            let Some(goal) = goal_of(&world, holder) else { return Ok(Vec::new()) };
+            let lowered =
+                lower(&goal).map_err(|source| MatrixError::Lowered { pod: holder.clone(), source })?;
+            kernel.fill(&lowered)?;
+            Ok(self.denied_by(|flow| kernel.verdict(flow).map(decision), &places)?)
+        });
+        self.decisions(denied)
+    }
+
+    /// The pods that hold endpoints, each with the places of its own.
+    fn nodes<'a>(&self, world: &'a World) -> Vec<(&'a PodKey, Vec<usize>)> {
         let mut holders: BTreeMap<&PodKey, Vec<usize>> = BTreeMap::new();
         for (place, endpoint) in self.endpoints.iter().enumerate() {
             if let Some(holder) = world.holder(endpoint.address) {
                 holders.entry(&holder.key).or_default().push(place);
             }
         }
-        let holders: Vec<_> = holders.into_iter().collect();
-        let denied = on_all_processors(&holders, |(holder, places)| {
-            let (goal, _) = compile(&world, &node_of(holder));
-            // A node on which no policy selects anything allows everything.
-            if goal.programs.is_empty() {
-                return Ok(Vec::new());
-            }
-            self.denied_by(&judge(goal), places)
-                .map_err(|source| MatrixError::Rendered { pod: PodKey::clone(holder), source })
-        });
+        holders.into_iter().collect()
+    }
+
+    /// What is left when every node has denied what it denies.
+    fn decisions(
+        &self,
+        denied: impl IntoIterator<Item = Result<Vec<usize>, MatrixError>>,
+    ) -> Result<Decisions, MatrixError> {
         let mut decisions = vec![Decision::Allow; self.place(self.endpoints.len(), 0)];
         for places in denied {
             for place in places? {
@@ -121,14 +172,18 @@ impl Question<'_> {
         Ok(decisions)
     }
 
-    /// Where the node denies what comes from or goes to its endpoints.
-    fn denied_by(&self, node: &Judge, places: &[usize]) -> Result<Vec<usize>, RenderedError> {
+    /// Where a node denies what comes from or goes to its endpoints.
+    fn denied_by<E>(
+        &self,
+        decide: impl Fn(&Flow) -> Result<Decision, E>,
+        places: &[usize],
+    ) -> Result<Vec<usize>, E> {
         let mut denied = Vec::new();
         for own in places {
             for other in 0..self.endpoints.len() {
                 for (source, destination) in [(*own, other), (other, *own)] {
                     for (i, probe) in self.probes.iter().enumerate() {
-                        match node.decide(&self.flow(source, destination, *probe))? {
+                        match decide(&self.flow(source, destination, *probe))? {
                             Decision::Deny => denied.push(self.place(source, destination) + i),
                             Decision::Allow => {}
                         }
@@ -163,6 +218,12 @@ fn apart(world: &World) -> World {
         apart.apply(Change::Pod(pod.key.clone(), Some(moved)));
     }
     apart
+}
+
+/// What a pod's own node must enforce; `None`: no policy selects anything there, so it allows everything.
+fn goal_of(world: &World, pod: &PodKey) -> Option<Goal> {
+    let (goal, _) = compile(world, &node_of(pod));
+    (!goal.programs.is_empty()).then_some(goal)
 }
 
 fn node_of(pod: &PodKey) -> Arc<str> {

@@ -111,6 +111,22 @@ fn render_prints_sets_with_their_names_and_chains_of_both_families() {
 }
 
 #[test]
+fn render_says_in_words_what_the_ebpf_maps_would_hold() {
+    let whole = agent(&["render", "--backend", "ebpf", "--node", "demo", "-f", &demo()]).stdout();
+    for line in [
+        "  TCP/5432: ns-shop-AND-podlabel-tier:backend, nslabel-team:data-AND-!podlabel-app:notebook",
+        "10.244.0.14 (shop/db): ingress policy 7, egress policy 8",
+        "192.0.2.128/25: nobody",
+        "fd00:10:244::14 (shop/db): ingress policy 7, egress policy 8",
+    ] {
+        assert!(whole.lines().any(|it| it == line), "no line {line:?} in\n{whole}");
+    }
+    let four = ["render", "--backend", "ebpf", "--node", "demo", "-f", &demo(), "--family", "4"];
+    let four = agent(&four).stdout();
+    assert!(four.contains("# IPv4 pairs") && !four.contains("fd00:"), "{four}");
+}
+
+#[test]
 fn render_reports_what_is_wrong_and_goes_on() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("objects.yaml");

@@ -1,5 +1,6 @@
 //! What rules and sets do with a packet: iptables' own semantics, evaluated on a [`State`].
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use npm_policy::flow::{Decision, Flow, Transport};
@@ -33,10 +34,22 @@ pub struct Packet {
     pub mark: u32,
     /// Conntrack's opinion.
     pub state: CtState,
+    /// Whether a Service's address was translated to the destination.
+    pub translation: Translation,
+}
+
+/// Whether conntrack has translated a packet's destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Translation {
+    /// It has not.
+    None,
+    /// It has (`--ctstate DNAT`).
+    Destination,
 }
 
 impl Packet {
-    /// A flow's first packet, without a mark; one of ICMPv6 is an echo request.
+    /// A flow's first packet, without a mark; one of ICMPv6 is an echo request. It comes from a Service: that is the only
+    /// way in which a pod's own packet to itself crosses `FORWARD`, and for others no rule of ours asks.
     pub fn opening(flow: &Flow) -> Self {
         let (protocol, port) = match flow.transport {
             Transport::Port(protocol, port) => (protocol.number(), Some(port)),
@@ -50,7 +63,18 @@ impl Packet {
             icmpv6_type: (protocol == ICMPV6).then_some(ECHO_REQUEST),
             mark: 0,
             state: CtState::New,
+            translation: Translation::Destination,
         }
+    }
+}
+
+impl Packet {
+    fn has_one_of(&self, states: &BTreeSet<CtState>) -> bool {
+        let translated = match self.translation {
+            Translation::None => false,
+            Translation::Destination => states.contains(&CtState::Translated),
+        };
+        translated || states.contains(&self.state)
     }
 }
 
@@ -238,7 +262,7 @@ impl Walk<'_> {
             && icmpv6_type.is_none_or(|number| packet.icmpv6_type == Some(number))
             && states
                 .as_ref()
-                .is_none_or(|states| states.states.contains(&packet.state) == states.sense.is_positive())
+                .is_none_or(|states| packet.has_one_of(&states.states) == states.sense.is_positive())
             && mark.is_none_or(|mark| packet.mark & mark.mask == mark.value);
         if !plain {
             return Ok(false);

@@ -200,8 +200,14 @@ impl<'a> Planner<'a> {
         }
         let mut changes = BTreeMap::new();
         let mut misfits = BTreeSet::new();
-        for (name, wanted) in desired.sets.iter().filter(|(name, _)| live.contains(*name)) {
+        // A set that a list holds can't be destroyed before the list is, and lists may be named by rules.
+        let listed = actual.sets.values().any(|set| set.kind.is_list());
+        for (name, wanted) in &desired.sets {
             match actual.sets.get(name) {
+                Some(found) if listed && found.kind != wanted.kind => {
+                    misfits.insert(Arc::clone(name));
+                }
+                Some(_) | None if !live.contains(name) => {}
                 Some(found) if found.kind != wanted.kind => {
                     misfits.insert(Arc::clone(name));
                 }
@@ -307,9 +313,21 @@ impl<'a> Planner<'a> {
         switch.forward = self.forward.clone();
         // The first transaction has emptied what it had to keep.
         let back = changed(&between, &self.desired.chains);
-        let refill = substituted.iter().flat_map(|set| self.fill(set, &self.desired.sets[set])).collect();
+        // Lists hold their members fast: they go first. No rule of ours names one any more.
+        let lists = if self.misfits.is_empty() { Vec::new() } else { self.lists().collect() };
+        let mut refill: Vec<SetOp> =
+            lists.iter().map(|set| SetOp::Destroy { set: Arc::clone(set) }).collect();
+        refill.extend(substituted.iter().flat_map(|set| {
+            let gone = lists.contains(set);
+            self.fill(set, &self.desired.sets[set])
+                .into_iter()
+                .filter(move |op| !(gone && matches!(op, SetOp::Destroy { .. })))
+        }));
         let mut last = after;
-        last.extend(self.destroy_unused(fresh.into_values()));
+        let unused = self.destroy_unused(fresh.into_values());
+        last.extend(
+            unused.into_iter().filter(|op| !matches!(op, SetOp::Destroy { set } if lists.contains(set))),
+        );
         vec![
             Step::Sets(first),
             Step::Rules(switch),
@@ -330,7 +348,8 @@ impl<'a> Planner<'a> {
 
     /// Desired sets that no rule names yet can be written in any order.
     fn fill_free(&self) -> Vec<SetOp> {
-        let free = self.desired.sets.iter().filter(|(name, _)| !self.live.contains(*name));
+        let free = self.desired.sets.iter();
+        let free = free.filter(|(name, _)| !self.live.contains(*name) && !self.misfits.contains(*name));
         free.flat_map(|(name, set)| self.fill(name, set)).collect()
     }
 
@@ -364,6 +383,11 @@ impl<'a> Planner<'a> {
         names.extend(temporary);
         names.sort_by_key(|name| !is_list(name));
         names.into_iter().map(|set| SetOp::Destroy { set }).collect()
+    }
+
+    /// Sets of sets: none is ours today.
+    fn lists(&self) -> impl Iterator<Item = Name> {
+        self.actual.sets.iter().filter(|(_, set)| set.kind.is_list()).map(|(name, _)| Arc::clone(name))
     }
 
     /// What turns our chains into others. A chain that somebody else's rules lead to is emptied and not deleted.

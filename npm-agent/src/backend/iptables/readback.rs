@@ -49,6 +49,10 @@ pub fn held_sets(tools: &Tools) -> Result<BTreeSet<Name>, BackendError> {
 pub fn state(tools: &Tools, variant: Variant, family: Family, sets: &Sets) -> Result<State, BackendError> {
     let program = variant.save(family);
     let saved = tools.run(&program, &["-t", "filter"], "")?;
+    // Exit status 0, and not one rule: somebody wrote rules with nft that iptables can't express.
+    if let Some(line) = saved.lines().find(|line| line.starts_with("# Table `filter' is incompatible")) {
+        return Err(BackendError::Unreadable { program, detail: line.to_owned() });
+    }
     let filter = text::parse_filter(family, &saved).map_err(|error| unreadable(&program, &error))?;
     Ok(State {
         family,

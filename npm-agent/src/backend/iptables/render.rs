@@ -27,7 +27,9 @@ use npm_policy::names::{self, SetNames};
 
 use super::interpret::{self, Uninterpretable};
 use super::layout;
-use super::state::{Chain, Line, Mark, Name, Rule, Sense, Set, SetKind, SetMatch, Side, State, Target};
+use super::state::{
+    Chain, CtState, CtStates, Line, Mark, Name, Rule, Sense, Set, SetKind, SetMatch, Side, State, Target,
+};
 use super::text::{self, ICMPV6, Unreadable};
 
 /// The longest comment that we write, in bytes; the kernel takes 255.
@@ -236,7 +238,9 @@ impl Renderer<'_> {
         rules
     }
 
-    /// A pod reaches itself, also through a Service: only packets about to be dropped pay for finding out.
+    /// A pod reaches itself through a Service: only packets about to be dropped pay for finding out. Such a packet crosses
+    /// `FORWARD` with its destination translated. One that claims a pod's own address as its source and is not
+    /// translated comes from somebody else: Linux delivers it (over IPv6 always, over IPv4 without `rp_filter`).
     fn denied(&self) -> Vec<Rule> {
         let mut rules = Vec::new();
         for addresses in self.goal.subjects.values() {
@@ -246,6 +250,7 @@ impl Renderer<'_> {
                 rules.extend(own.iter().map(|destination| Rule {
                     source: Some(IpNet::from(*source)),
                     destination: Some(IpNet::from(*destination)),
+                    states: Some(CtStates { sense: Sense::Is, states: [CtState::Translated].into() }),
                     ..Rule::new(Target::Return)
                 }));
             }

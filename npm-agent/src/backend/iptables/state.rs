@@ -141,16 +141,19 @@ pub enum CtState {
     Established,
     /// Exempted from tracking.
     Untracked,
+    /// Its connection's destination was translated. A packet has this beside one of the others.
+    Translated,
 }
 
 impl CtState {
     /// All of them, with iptables' names.
-    pub const ALL: [(Self, &'static str); 5] = [
+    pub const ALL: [(Self, &'static str); 6] = [
         (Self::Invalid, "INVALID"),
         (Self::New, "NEW"),
         (Self::Related, "RELATED"),
         (Self::Established, "ESTABLISHED"),
         (Self::Untracked, "UNTRACKED"),
+        (Self::Translated, "DNAT"),
     ];
 }
 

@@ -1,0 +1,130 @@
+//! The program `verdict` in this kernel: loaded, filled, asked. Nothing is attached or pinned.
+
+use std::error::Error;
+use std::io;
+
+use aya::maps::MapError;
+use aya::programs::{ProgramError, SchedClassifier, TestRun, TestRunOptions};
+use aya::{Ebpf, EbpfError};
+use npm_common::decide::Verdict;
+use npm_policy::flow::Flow;
+
+use super::lower::Lowered;
+use super::maps::Maps;
+use super::packet::opening;
+
+/// The committed object: `cargo xtask ebpf` makes it.
+static OBJECT: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../npm-ebpf/npm-ebpf.o"));
+
+const PROGRAM: &str = "verdict";
+
+/// Why the kernel gives no verdict.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The process may not load programs.
+    #[error(
+        "loading eBPF programs is not permitted: it needs root, or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN"
+    )]
+    NotPermitted {
+        /// What was refused.
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
+    },
+    /// The kernel did not take the object.
+    #[error("cannot load the eBPF object")]
+    Object(#[source] EbpfError),
+    /// The verifier refused the program: the kernel lacks something, or the process lacks CAP_PERFMON.
+    #[error("cannot load the eBPF program (unless root, it needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN)")]
+    Program(#[source] ProgramError),
+    /// The object lacks a part.
+    #[error("the eBPF object has no {name}")]
+    Missing {
+        /// The program or map.
+        name: &'static str,
+    },
+    /// A map is not as expected, or could not be written.
+    #[error("cannot use the eBPF map {name}")]
+    Map {
+        /// The map.
+        name: &'static str,
+        /// Why.
+        #[source]
+        source: MapError,
+    },
+    /// The program could not be run.
+    #[error("cannot run the eBPF program")]
+    Run(#[source] ProgramError),
+    /// No packet can be of two families.
+    #[error("no packet is {flow}")]
+    NoPacket {
+        /// The flow.
+        flow: Flow,
+    },
+    /// The program returned something that is no verdict.
+    #[error("the eBPF program could not judge {flow}: code {code:#x}")]
+    Unread {
+        /// The flow.
+        flow: Flow,
+        /// What it returned.
+        code: u32,
+    },
+}
+
+/// The program and its maps. They are gone when it is dropped.
+pub struct Kernel {
+    ebpf: Ebpf,
+    maps: Maps,
+}
+
+impl Kernel {
+    /// Loads the program; the maps are empty: nobody is isolated.
+    ///
+    /// # Errors
+    /// The process may not, or the kernel lacks what the program needs. Nothing is left behind.
+    pub fn load() -> Result<Self, KernelError> {
+        let mut ebpf = Ebpf::load(OBJECT).map_err(|error| permitted(error, KernelError::Object))?;
+        let program = ebpf.program_mut(PROGRAM).ok_or(KernelError::Missing { name: PROGRAM })?;
+        let program: &mut SchedClassifier = program.try_into().map_err(KernelError::Program)?;
+        program.load().map_err(|error| permitted(error, KernelError::Program))?;
+        let maps = Maps::take(&mut ebpf)?;
+        Ok(Self { ebpf, maps })
+    }
+
+    /// Makes the maps hold this and nothing else, whatever they held; gives the number of writes.
+    ///
+    /// # Errors
+    /// The maps then hold a part of the old and of the new: verdicts are of neither. The next fill goes on from there.
+    pub fn fill(&mut self, lowered: &Lowered) -> Result<usize, KernelError> {
+        self.maps.converge(lowered)
+    }
+
+    /// What the program says of the flow's first packet, by BPF_PROG_TEST_RUN.
+    ///
+    /// # Errors
+    /// The program was not run, or could not read the packet.
+    pub fn verdict(&self, flow: &Flow) -> Result<Verdict, KernelError> {
+        let frame = opening(flow).ok_or(KernelError::NoPacket { flow: *flow })?;
+        let program = self.ebpf.program(PROGRAM).ok_or(KernelError::Missing { name: PROGRAM })?;
+        let program: &SchedClassifier = program.try_into().map_err(KernelError::Program)?;
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(&frame);
+        let code = program.test_run(options).map_err(KernelError::Run)?.return_value;
+        Verdict::of(code).ok_or(KernelError::Unread { flow: *flow, code })
+    }
+}
+
+/// "Operation not permitted" (include/uapi/asm-generic/errno-base.h). The other lack of permission, EACCES, is also what
+/// the verifier says of a program that it does not like.
+const EPERM: i32 = 1;
+
+/// Tells a lack of privilege from everything else.
+fn permitted<E: Error + Send + Sync + 'static>(error: E, other: impl Fn(E) -> KernelError) -> KernelError {
+    let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
+    let mut refused = false;
+    while let Some(this) = cause {
+        refused |= this.downcast_ref::<io::Error>().is_some_and(|error| error.raw_os_error() == Some(EPERM));
+        cause = this.source();
+    }
+    if refused { KernelError::NotPermitted { source: Box::new(error) } } else { other(error) }
+}

@@ -1,0 +1,327 @@
+//! Which bit is which peer set, and the maps that say which bits an address has.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use npm_common::layout::{
+    Address, Bits, Endpoint, MAX_ENDPOINTS, MAX_MEMBERS, MAX_NETWORKS, MAX_PAIRS, V4, V6, set_bit,
+};
+use npm_policy::goal::{Family, Goal, Member, NamedMatch, PeerMatch, PortMatch, SetKey};
+use npm_policy::model::{Block, Protocol};
+
+use super::union::join;
+use super::{LowerError, MapName};
+
+/// What a bit stands for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Bit {
+    /// Any peer: bit 0, which no row of an address holds because all addresses have it.
+    Any,
+    /// The peer's address is in the set.
+    Peer(SetKey),
+    /// The destination's (address, protocol, port) is in the set, and its address is one of the peers.
+    Pairs {
+        /// The protocol that the rule names.
+        protocol: Protocol,
+        /// A [`SetKey::Ports`].
+        set: SetKey,
+        /// Whose.
+        peers: PeerMatch,
+    },
+}
+
+/// A prefix of addresses: what is behind its length is zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Prefix<A> {
+    /// In bits.
+    pub length: u32,
+    /// Its first address.
+    pub address: A,
+}
+
+/// The maps that exist once a family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FamilyMaps<A: Address, const W: usize> {
+    /// The isolated addresses of this node's pods.
+    pub endpoints: BTreeMap<A, Endpoint>,
+    /// The addresses of pods that are in some peer set.
+    pub members: BTreeMap<A, Bits<W>>,
+    /// The prefixes that blocks and excepts name.
+    pub networks: BTreeMap<Prefix<A>, Bits<W>>,
+    /// The named ports of peers.
+    pub pairs: BTreeMap<A::Pair, Bits<W>>,
+}
+
+impl<A: Address, const W: usize> Default for FamilyMaps<A, W> {
+    fn default() -> Self {
+        Self {
+            endpoints: BTreeMap::new(),
+            members: BTreeMap::new(),
+            networks: BTreeMap::new(),
+            pairs: BTreeMap::new(),
+        }
+    }
+}
+
+impl<A: Address, const W: usize> FamilyMaps<A, W> {
+    /// The row of the longest prefix that covers an address.
+    pub fn longest(&self, address: A) -> Option<&Bits<W>> {
+        let mut length = A::BITS;
+        loop {
+            let wanted = Prefix { length, address: address.truncated(length) };
+            let (found, row) = self.networks.range(..=wanted).next_back()?;
+            if *found == wanted {
+                return Some(row);
+            }
+            // Lengths that no prefix has are passed over.
+            length = if found.length < length { found.length } else { length.checked_sub(1)? };
+        }
+    }
+
+    pub(super) fn fits(
+        &self,
+        check: impl Fn(MapName, usize, u32) -> Result<(), LowerError>,
+    ) -> Result<(), LowerError> {
+        check(MapName::Endpoints, self.endpoints.len(), MAX_ENDPOINTS)?;
+        check(MapName::Members, self.members.len(), MAX_MEMBERS)?;
+        check(MapName::Networks, self.networks.len(), MAX_NETWORKS)?;
+        check(MapName::Pairs, self.pairs.len(), MAX_PAIRS)
+    }
+}
+
+/// An address of one family as the standard library has it, and back.
+pub trait OfFamily: Address {
+    /// The family.
+    const FAMILY: Family;
+
+    /// The address, if it is of this family.
+    fn of(address: IpAddr) -> Option<Self>;
+
+    /// The address for people.
+    fn ip(self) -> IpAddr;
+}
+
+impl OfFamily for V4 {
+    const FAMILY: Family = Family::V4;
+
+    fn of(address: IpAddr) -> Option<Self> {
+        match address {
+            IpAddr::V4(address) => Some(address.octets()),
+            IpAddr::V6(_) => None,
+        }
+    }
+
+    fn ip(self) -> IpAddr {
+        self.into()
+    }
+}
+
+impl OfFamily for V6 {
+    const FAMILY: Family = Family::V6;
+
+    fn of(address: IpAddr) -> Option<Self> {
+        match address {
+            IpAddr::V4(_) => None,
+            IpAddr::V6(address) => Some(address.octets()),
+        }
+    }
+
+    fn ip(self) -> IpAddr {
+        self.into()
+    }
+}
+
+impl<A: OfFamily> Prefix<A> {
+    fn of(net: IpNet) -> Option<Self> {
+        Some(Self { length: u32::from(net.prefix_len()), address: A::of(net.network())? })
+    }
+}
+
+impl<A: OfFamily> fmt::Display for Prefix<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address.ip(), self.length)
+    }
+}
+
+/// The numbers of the peer sets.
+pub(super) struct Peers<const W: usize> {
+    pub(super) bits: Vec<Bit>,
+    numbers: BTreeMap<Bit, usize>,
+    /// All bits that are [`Bit::Pairs`].
+    pairs: Bits<W>,
+}
+
+impl<const W: usize> Peers<W> {
+    /// Numbers whatever the goal's programs name.
+    pub(super) fn of(goal: &Goal) -> Result<Self, LowerError> {
+        let mut bits = BTreeSet::from([Bit::Any]);
+        for program in goal.programs.values() {
+            for clause in program.ingress.iter().chain(&program.egress).flatten() {
+                match &clause.peers {
+                    PeerMatch::Any => {}
+                    PeerMatch::Sets(sets) => bits.extend(sets.iter().cloned().map(Bit::Peer)),
+                }
+            }
+            for clause in program.egress.iter().flatten() {
+                match &clause.ports {
+                    PortMatch::Any => {}
+                    PortMatch::Only { ranges: _, named } => {
+                        bits.extend(named.iter().map(|port| pairs_bit(port, &clause.peers)));
+                    }
+                }
+            }
+        }
+        let available = 64 * W;
+        if bits.len() > available {
+            return Err(LowerError::Peers { needed: bits.len(), available });
+        }
+        // Any peer sorts first, so its number is 0.
+        let bits: Vec<Bit> = bits.into_iter().collect();
+        let mut pairs = [0; W];
+        for (number, bit) in bits.iter().enumerate() {
+            match bit {
+                Bit::Any | Bit::Peer(_) => {}
+                Bit::Pairs { .. } => drop(set_bit(&mut pairs, number)),
+            }
+        }
+        let numbers = bits.iter().cloned().enumerate().map(|(number, bit)| (bit, number)).collect();
+        Ok(Self { bits, numbers, pairs })
+    }
+
+    fn add(&self, row: &mut Bits<W>, bit: &Bit) {
+        // Every bit that a clause names has a number, and the number fits: `of` made it so.
+        if let Some(number) = self.numbers.get(bit) {
+            set_bit(row, *number);
+        }
+    }
+
+    /// The row that allows these peers.
+    pub(super) fn row(&self, peers: &PeerMatch) -> Bits<W> {
+        let mut row = [0; W];
+        match peers {
+            PeerMatch::Any => self.add(&mut row, &Bit::Any),
+            PeerMatch::Sets(sets) => {
+                sets.iter().for_each(|set| self.add(&mut row, &Bit::Peer(set.clone())));
+            }
+        }
+        row
+    }
+
+    /// The row that allows a named port of these peers.
+    pub(super) fn pairs(&self, port: &NamedMatch, peers: &PeerMatch) -> Bits<W> {
+        let mut row = [0; W];
+        self.add(&mut row, &pairs_bit(port, peers));
+        row
+    }
+
+    /// Whether a row allows a named port of peers.
+    pub(super) fn has_pairs(&self, row: &Bits<W>) -> bool {
+        row.iter().zip(&self.pairs).any(|(row, pairs)| row & pairs != 0)
+    }
+
+    /// The maps of a family, but for its endpoints.
+    pub(super) fn family<A: OfFamily>(&self, goal: &Goal) -> FamilyMaps<A, W> {
+        let mut maps = FamilyMaps { networks: self.networks(goal), ..FamilyMaps::default() };
+        for (number, bit) in self.bits.iter().enumerate() {
+            match bit {
+                Bit::Any => {}
+                Bit::Peer(set) => {
+                    for member in members::<A>(goal, set) {
+                        match member {
+                            Member::Address(address) => {
+                                if let Some(address) = A::of(*address) {
+                                    set_bit(maps.members.entry(address).or_insert([0; W]), number);
+                                }
+                            }
+                            // Blocks are in the networks; a port is no peer by itself.
+                            Member::Include(_) | Member::Except(_) | Member::Port(..) => {}
+                        }
+                    }
+                }
+                Bit::Pairs { protocol: wanted, set, peers } => {
+                    for member in members::<A>(goal, set) {
+                        match member {
+                            Member::Port(ip, protocol, port)
+                                if protocol == wanted && is_peer(goal, peers, *ip) =>
+                            {
+                                if let Some(address) = A::of(*ip) {
+                                    let pair = address.pair(protocol.number(), *port);
+                                    set_bit(maps.pairs.entry(pair).or_insert([0; W]), number);
+                                }
+                            }
+                            Member::Port(..)
+                            | Member::Address(_)
+                            | Member::Include(_)
+                            | Member::Except(_) => {}
+                        }
+                    }
+                }
+            }
+        }
+        let mut members = std::mem::take(&mut maps.members);
+        for (address, row) in &mut members {
+            if let Some(blocks) = maps.longest(*address) {
+                join(row, blocks);
+            }
+        }
+        maps.members = members;
+        maps
+    }
+
+    /// The row of every prefix that a block or an except begins at: of all blocks that hold the whole of it. Between
+    /// a prefix and the next longer ones nothing changes, so the longest that covers an address says all.
+    fn networks<A: OfFamily>(&self, goal: &Goal) -> BTreeMap<Prefix<A>, Bits<W>> {
+        let blocks: Vec<(usize, &Block)> = self
+            .bits
+            .iter()
+            .enumerate()
+            .filter_map(|(number, bit)| match bit {
+                Bit::Peer(key @ SetKey::Block(block)) if goal.sets.contains_key(key) => Some((number, block)),
+                Bit::Any | Bit::Peer(_) | Bit::Pairs { .. } => None,
+            })
+            .collect();
+        let nets: BTreeSet<IpNet> = blocks
+            .iter()
+            .flat_map(|(_, block)| std::iter::once(&block.cidr).chain(&block.except))
+            .copied()
+            .collect();
+        let row = |net: &IpNet| {
+            let mut row = [0; W];
+            for (number, block) in &blocks {
+                if block.cidr.contains(net) && !block.except.iter().any(|except| except.contains(net)) {
+                    set_bit(&mut row, *number);
+                }
+            }
+            row
+        };
+        nets.iter().filter_map(|net| Some((Prefix::of(*net)?, row(net)))).collect()
+    }
+}
+
+fn pairs_bit(port: &NamedMatch, peers: &PeerMatch) -> Bit {
+    Bit::Pairs { protocol: port.protocol, set: port.set.clone(), peers: peers.clone() }
+}
+
+fn is_peer(goal: &Goal, peers: &PeerMatch, address: IpAddr) -> bool {
+    match peers {
+        PeerMatch::Any => true,
+        PeerMatch::Sets(sets) => sets.iter().any(|set| goal.contains(set, address)),
+    }
+}
+
+fn members<'a, A: OfFamily>(goal: &'a Goal, set: &SetKey) -> impl Iterator<Item = &'a Member> {
+    goal.sets.get(set).into_iter().flat_map(|set| set.family(A::FAMILY))
+}
+
+/// The numbers that a set of named ports holds for an address and a protocol.
+pub(super) fn ports_at(goal: &Goal, set: &SetKey, address: IpAddr, protocol: Protocol) -> Vec<u16> {
+    let Some(set) = goal.sets.get(set) else { return Vec::new() };
+    let of_protocol = Member::Port(address, protocol, 0)..=Member::Port(address, protocol, u16::MAX);
+    let port = |member: &Member| match member {
+        Member::Port(_, _, port) => Some(*port),
+        Member::Address(_) | Member::Include(_) | Member::Except(_) => None,
+    };
+    set.family(Family::of(address)).range(of_protocol).filter_map(port).collect()
+}

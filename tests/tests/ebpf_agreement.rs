@@ -1,0 +1,73 @@
+//! The eBPF engine's maps against the Goal that they are lowered from, on random worlds, judged in user space by the
+//! function that the kernel runs: direction by direction. `ebpf_kernel.rs` asks the kernel.
+//!
+//! `NPM_SEED=<number>` repeats a run; `NPM_CASES=<n>` scales it.
+
+use std::cell::Cell;
+
+use npm_agent::backend::ebpf::lower::{LowerError, Lowered, lower};
+use npm_common::decide::Judgement;
+use npm_common::layout::WORDS;
+use npm_policy::goal::Goal;
+use npm_tests::opinions::{goals, plain};
+use npm_tests::property::check;
+use npm_tests::random::{crowd, flows, world, world_of};
+use npm_tests::regressions;
+use proptest::prelude::*;
+
+const REGRESSIONS: &str = regressions!("ebpf_agreement.txt");
+
+fn lowered(goal: &Goal) -> Result<Lowered, TestCaseError> {
+    lower(goal).map_err(|error| TestCaseError::fail(error.to_string()))
+}
+
+#[test]
+fn the_lowered_maps_say_what_the_goal_says() {
+    let (isolated, denied) = (Cell::new(0u32), Cell::new(0u32));
+    check(REGRESSIONS, "lowered = goal", 1500, (world(), any::<u64>()), |(changes, seed)| {
+        let world = world_of(changes);
+        for (node, goal) in goals(&world) {
+            let lowered = lowered(&goal)?;
+            for flow in flows(&world, 100, seed) {
+                let expected = plain(&goal.verdict(&flow));
+                prop_assert_eq!(expected, lowered.decide(&flow), "{} on {}", flow, node);
+                let free = Judgement::NotIsolated;
+                isolated.set(isolated.get() + u32::from((expected.ingress, expected.egress) != (free, free)));
+                denied.set(denied.get() + u32::from(!expected.allows()));
+            }
+        }
+        Ok(())
+    });
+    let (isolated, denied) = (isolated.get(), denied.get());
+    println!("{isolated} verdicts with an isolated end, {denied} of these denied");
+    assert!(isolated >= 40_000, "{isolated} verdicts with an isolated end");
+    assert!(denied * 100 >= isolated * 30 && denied * 100 <= isolated * 75, "{denied} of {isolated} denied");
+}
+
+#[test]
+fn long_lists_are_lowered_whole() {
+    check(REGRESSIONS, "lowered crowds = goal", 4, (crowd(), any::<u64>()), |(changes, seed)| {
+        let world = world_of(changes);
+        for (node, goal) in goals(&world) {
+            // Wide rows: the lists name more peers than 1,023.
+            let lowered: Lowered<64> =
+                lower(&goal).map_err(|error| TestCaseError::fail(error.to_string()))?;
+            let wider = lowered.bits.len() > 64 * WORDS;
+            match lower::<WORDS>(&goal) {
+                Ok(_) => prop_assert!(!wider, "{} bits in {} words", lowered.bits.len(), WORDS),
+                Err(error) => prop_assert!(wider && matches!(error, LowerError::Peers { .. }), "{}", error),
+            }
+            println!(
+                "{node}: {} bits, {} rows, {} policies, {} segments",
+                lowered.bits.len(),
+                lowered.rows.len(),
+                lowered.policies.len(),
+                lowered.segments.len()
+            );
+            for flow in flows(&world, 1000, seed) {
+                prop_assert_eq!(plain(&goal.verdict(&flow)), lowered.decide(&flow), "{} on {}", flow, node);
+            }
+        }
+        Ok(())
+    });
+}
