@@ -13,6 +13,8 @@ use npm_policy::world::Change;
 mod fuzz;
 #[path = "bad_input/hostile.rs"]
 mod hostile;
+#[path = "bad_input/kept.rs"]
+mod kept;
 #[path = "bad_input/table.rs"]
 mod table;
 

@@ -160,17 +160,19 @@ fn expectations_show_what_differs_and_why() {
     let matrix = shop(Family::V4, &["TCP/8080", "TCP/5432"]);
     let same = Expectation::parse(&matrix.to_json()).unwrap();
     assert_eq!(same.compare(&matrix, &world(SHOP)), []);
-    // Fewer endpoints, in another order; one that is not there.
+    // Another order; an endpoint that is not there, and two that are not in the file.
     let text = r##"{"probes": ["TCP/5432"], "endpoints": ["shop/web", "shop/gone", "shop/db"],
                    "engines": {"goal": {"TCP/5432": ["#..", ".#.", "..#"]}}}"##;
     let other = Expectation::parse(text).unwrap();
     let differences = other.compare(&matrix, &world(SHOP));
     let lines: Vec<_> = differences.iter().map(ToString::to_string).collect();
-    assert_eq!(lines.len(), 4, "{lines:?}");
+    assert_eq!(lines.len(), 6, "{lines:?}");
     assert_eq!(lines[0], "shop/gone: expected, and not there");
+    assert_eq!(lines[1], "shop/agent: there, and not expected: the file does not name it");
+    assert_eq!(lines[2], "ext/net: there, and not expected: the file does not name it");
     let reason = "denied: egress of shop/db: selected by shop/db, which does not allow TCP/5432 to shop/web";
     let start = "shop/db -> shop/web TCP/5432: expected ., oracle says X (";
-    assert!(lines[1].starts_with(&format!("{start}{reason}")), "{}", lines[1]);
+    assert!(lines[3].starts_with(&format!("{start}{reason}")), "{}", lines[3]);
     for bad in [
         "",
         "{}",
@@ -185,6 +187,50 @@ fn expectations_show_what_differs_and_why() {
     }
 }
 
+/// A table that nothing was compared with proves nothing.
+#[test]
+fn every_table_of_an_expectation_is_compared() {
+    let all = shop(Family::V4, &["TCP/80", "TCP/81"]);
+    let lines = |expected: &Matrix, engines: &[Engine], probes: &[&str]| {
+        let mut matrix = shop(Family::V4, probes);
+        matrix.engines.retain(|engine, _| engines.contains(engine));
+        let expected = Expectation::parse(&expected.to_json()).unwrap();
+        expected.compare(&matrix, &world(SHOP)).iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let not = |table: &str| {
+        format!("table {table}: expected, and not evaluated: --engine or --probe leaves it out")
+    };
+    assert_eq!(lines(&all, &Engine::ALL, &["TCP/80", "TCP/81", "TCP/82"]), Vec::<String>::new());
+    let expected = ["oracle TCP/81", "goal TCP/81", "iptables TCP/81"].map(not);
+    assert_eq!(lines(&all, &Engine::ALL, &["TCP/80"]), expected);
+    let expected = ["oracle TCP/80", "oracle TCP/81", "iptables TCP/80", "iptables TCP/81"].map(not);
+    assert_eq!(lines(&all, &[Engine::Goal], &["TCP/80", "TCP/81"]), expected);
+    // Another engine than the file's is compared with the file's.
+    let mut oracle = all.clone();
+    oracle.engines.retain(|engine, _| *engine == Engine::Oracle);
+    assert_eq!(lines(&oracle, &[Engine::Goal], &["TCP/80", "TCP/81"]), Vec::<String>::new());
+    assert_eq!(lines(&oracle, &[Engine::Goal], &["TCP/81"]), [not("oracle TCP/80")]);
+}
+
+#[test]
+fn no_more_than_32_probes_are_picked() {
+    let ports = (1..=40).map(|port| format!("{{port: {port}}}")).collect::<Vec<_>>().join(", ");
+    let world = world(&format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: a}}\n\
+         spec: {{ingress: [{{ports: [{ports}]}}]}}"
+    ));
+    assert_eq!(named_probes(&world).len(), 40);
+    let request = |probes| Request {
+        world: world.clone(),
+        probes,
+        externals: vec![],
+        family: Family::V4,
+        engines: [Engine::Oracle].into(),
+    };
+    assert_eq!(evaluate(&request(vec![])).unwrap().probes, named_probes(&world)[..32]);
+    assert_eq!(evaluate(&request(named_probes(&world))).unwrap().probes.len(), 40);
+}
+
 #[derive(Parser)]
 struct Cli {
     #[command(flatten)]
@@ -197,9 +243,10 @@ fn exit_codes() {
     let path = |name: &str| directory.path().join(name).display().to_string();
     fs::write(path("shop.yaml"), SHOP).unwrap();
     let shop = path("shop.yaml");
-    let text = r##"{"probes": ["TCP/80"], "endpoints": ["shop/db", "shop/web"], "engines": {"iptables": {"TCP/80": ["#X", "X#"]}}}"##;
+    let text = r##"{"probes": ["TCP/80"], "endpoints": ["shop/db", "shop/web", "shop/agent"],
+        "engines": {"iptables": {"TCP/80": ["#XX", "X#.", "XX#"]}}}"##;
     fs::write(path("good.json"), text).unwrap();
-    fs::write(path("bad.json"), text.replace("\"#X\"", "\"#.\"")).unwrap();
+    fs::write(path("bad.json"), text.replace("\"#XX\"", "\"#.X\"")).unwrap();
     fs::write(path("no.json"), "no").unwrap();
     let run = |arguments: &[&str]| {
         let cli = Cli::try_parse_from(std::iter::once("matrix").chain(arguments.iter().copied())).ok()?;
@@ -217,6 +264,8 @@ fn exit_codes() {
     );
     assert_eq!(run(&["-f", &shop, "--expect", &path("good.json")]), code(0));
     assert_eq!(run(&["-f", &shop, "--expect", &path("bad.json")]), code(1));
+    assert_eq!(run(&["-f", &shop, "--expect", &path("good.json"), "--probe", "TCP/81"]), code(1));
+    assert_eq!(run(&["-f", &shop, "--expect", &path("good.json"), "--external", "net=1.1.1.1"]), code(1));
     for arguments in [
         &["-f", &path("none.yaml")] as &[&str],
         &["-f", &shop, "-f", &path("none")],

@@ -12,8 +12,11 @@ use npm_policy::goal::Family;
 use npm_policy::verdict::oracle;
 use npm_policy::world::World;
 
-use crate::matrix::{self, Engine, Expectation, Matrix, Probe, Request};
+use self::input::Input;
+use crate::matrix::{self, Engine, Expectation, MOST_PICKED, Matrix, Probe, Request};
 use crate::source::manifests;
+
+mod input;
 
 /// The exit status for a difference: from the expectation, or between engines.
 const DIFFERENT: u8 = 1;
@@ -24,15 +27,17 @@ const SHOWN: usize = 100;
 /// Evaluates manifests offline and prints who can talk to whom.
 #[derive(Args, Clone, Debug)]
 pub struct MatrixArgs {
-    /// Kubernetes manifests (YAML or JSON): a file, or a directory with *.yaml, *.yml and *.json to any depth
+    /// Kubernetes manifests (YAML or JSON): a file, a directory with *.yaml, *.yml and *.json to any depth, or - for
+    /// standard input
     #[arg(short = 'f', long = "filename", value_name = "FILE|DIR", required = true)]
     pub files: Vec<PathBuf>,
 
-    /// What to try: TCP/80, UDP/53, SCTP/9, ICMP [default: the ports that the policies and pods name]
+    /// What to try: TCP/80, UDP/53, SCTP/9, ICMP [default: those of the file of --expect, else the ports that the
+    /// policies and pods name, no more than 32 of them: the first, in the order TCP, UDP, SCTP and by number]
     #[arg(long = "probe", value_name = "PROBE", value_delimiter = ',')]
     pub probes: Vec<Probe>,
 
-    /// A host outside the cluster, shown as ext/NAME
+    /// A host outside the cluster, shown as ext/NAME; those of the other --family are left out
     #[arg(long = "external", value_name = "NAME=IP", value_parser = external)]
     pub externals: Vec<(String, IpAddr)>,
 
@@ -50,7 +55,9 @@ pub struct MatrixArgs {
     #[arg(short = 'o', long = "output", value_enum, default_value = "table")]
     pub output: Output,
 
-    /// What `-o json` wrote once: exits 1 if a verdict in it is another, and shows which and why
+    /// What `-o json` wrote once: exits 1 if the table is another now, and shows what differs and why: a verdict, an
+    /// endpoint that is gone or new, a table of the file that --probe or --engine leaves out. Probes and engines that
+    /// the file does not have are no difference; an engine it does not have is compared with its first
     #[arg(long, value_name = "FILE")]
     pub expect: Option<PathBuf>,
 }
@@ -122,8 +129,22 @@ pub fn run(args: &MatrixArgs) -> anyhow::Result<ExitCode> {
         engines.insert(Engine::Oracle);
     }
     let world = read(files)?;
-    let request =
-        Request { world, probes, externals: externals.clone(), family: Family::from(*family), engines };
+    let family = Family::from(*family);
+    for (name, address) in externals.iter().filter(|(_, address)| Family::of(*address) != family) {
+        eprintln!("ext/{name}: left out: {address} is not of the family that --family asks for");
+    }
+    if probes.is_empty() {
+        probes = matrix::named_probes(&world);
+        if let Some(first_left) = probes.get(MOST_PICKED) {
+            let left = probes.len() - MOST_PICKED;
+            eprintln!(
+                "{left} of {} ports are not tried, from {first_left} on: name them with --probe",
+                probes.len()
+            );
+            probes.truncate(MOST_PICKED);
+        }
+    }
+    let request = Request { world, probes, externals: externals.clone(), family, engines };
     let matrix = matrix::evaluate(&request)?;
     let text = match output {
         Output::Table => matrix.to_table(),
@@ -153,15 +174,14 @@ pub fn run(args: &MatrixArgs) -> anyhow::Result<ExitCode> {
 
 /// Reads the manifests; what is wrong with them goes to stderr.
 fn read(files: &[PathBuf]) -> anyhow::Result<World> {
-    for path in files {
-        std::fs::metadata(path).with_context(|| format!("reading {}", path.display()))?;
-    }
-    let reading = manifests::read(files);
+    let input = Input::open(files)?;
+    let reading = manifests::read(&input.paths);
     for problem in &reading.problems {
-        eprintln!("{}: {}", problem.object, problem.message);
+        eprintln!("{}: {}", input.called(&problem.object), input.called(&problem.message));
     }
     if !reading.unread.is_empty() {
-        let paths = reading.unread.iter().map(|path| path.display().to_string()).collect::<Vec<_>>();
+        let paths =
+            reading.unread.iter().map(|path| input.called(&path.display().to_string())).collect::<Vec<_>>();
         bail!("cannot read {}", paths.join(", "));
     }
     let mut world = World::default();

@@ -95,9 +95,13 @@ struct Reader<'a> {
 impl Reader<'_> {
     fn read(&mut self, parent: Option<&str>, object: &Map<String, Value>) -> Result<(), ConfigError> {
         for (key, value) in object {
+            // As Go's JSON reads it: null leaves what was there before, the default.
+            let is_absent = value.is_null();
             if parent.is_none() && PARENTS.iter().any(|parent| parent.eq_ignore_ascii_case(key)) {
-                let children = self.object(key, value)?;
-                self.read(Some(key), children)?;
+                if !is_absent {
+                    let children = self.object(key, value)?;
+                    self.read(Some(key), children)?;
+                }
                 continue;
             }
             let name = match parent {
@@ -105,6 +109,7 @@ impl Reader<'_> {
                 None => key.clone(),
             };
             match KEYS.iter().find(|known| known.name.eq_ignore_ascii_case(&name)) {
+                Some(_) if is_absent => {}
                 Some(known) => self.known(known, name, value)?,
                 None => self.notice(name, "npm-agent does not know this key; it is ignored"),
             }

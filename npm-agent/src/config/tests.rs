@@ -45,6 +45,20 @@ fn nothing_said_gives_the_defaults() {
     assert_eq!(settings, expected);
 }
 
+/// As Go's JSON does.
+#[test]
+fn null_is_absent() {
+    for text in [
+        r#"{"Toggles": null}"#,
+        r#"{"Node": null, "Backend": null}"#,
+        r#"{"toggles": {"PlaceAzureChainFirst": null}}"#,
+    ] {
+        assert_eq!(file(text).unwrap(), File::default(), "{text}");
+    }
+    let unknown = file(r#"{"Nodes": null}"#).unwrap();
+    assert_eq!(unknown.notices.len(), 1, "{unknown:?}");
+}
+
 #[test]
 fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
     let text = r#"{"Backend": "iptables", "Source": "manifests", "Manifests": "dir", "Node": "n1", "Instance": "i1",
@@ -183,7 +197,7 @@ fn what_cannot_be_meant_is_an_error_that_names_the_key() {
             r#"{"Toggles": {"PlaceAzureChainFirst": "false"}}"#,
             r#"config file npm.json: Toggles.PlaceAzureChainFirst must be true or false, not "false""#,
         ),
-        (r#"{"Node": null}"#, "config file npm.json: Node must be a string, not null"),
+        (r#"{"Node": []}"#, "config file npm.json: Node must be a string, not an array"),
         (r#"{"Node": ""}"#, r#"config file npm.json: Node: "" is no node name"#),
         (r#"{"LogLevel": 3}"#, "config file npm.json: LogLevel must be a string, not 3"),
         (

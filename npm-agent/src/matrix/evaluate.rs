@@ -16,7 +16,7 @@ use crate::backend::ebpf::kernel::Kernel;
 use crate::backend::ebpf::lower::{decision, lower};
 use crate::backend::iptables::render::{Rendered, RenderedError};
 
-use super::{Cell, Endpoint, Engine, Matrix, MatrixError, Probe, Request, Rows, endpoints, named_probes};
+use super::{Cell, Endpoint, Engine, Matrix, MatrixError, Probe, Request, Rows, endpoints, picked_probes};
 
 /// Answers requests, and keeps the eBPF program that it has loaded for one for the next.
 #[derive(Default)]
@@ -42,7 +42,7 @@ impl Evaluator {
         let mut seen = BTreeSet::new();
         let mut probes: Vec<Probe> = probes.iter().copied().filter(|probe| seen.insert(*probe)).collect();
         if probes.is_empty() {
-            probes = named_probes(world);
+            probes = picked_probes(world);
         }
         let endpoints = endpoints(world, externals, *family);
         let mut names = BTreeSet::new();

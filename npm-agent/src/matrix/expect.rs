@@ -1,6 +1,6 @@
 //! What a user expects of a matrix, and how it differs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use npm_policy::verdict::oracle;
@@ -9,8 +9,8 @@ use serde::Deserialize;
 
 use super::{Cell, Engine, Matrix, Probe, Rows};
 
-/// An expected matrix: what [`Matrix::to_json`] writes, read back. It may hold fewer endpoints, in another order, fewer
-/// probes and fewer engines than the matrix that it is compared with.
+/// An expected matrix: what [`Matrix::to_json`] writes, read back. The endpoints may be in another order, and it may hold
+/// fewer probes and fewer engines than the matrix that it is compared with: those that it holds must all be there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Expectation {
     /// The endpoints' names.
@@ -92,8 +92,9 @@ impl Expectation {
         Ok(Self { endpoints, probes, engines })
     }
 
-    /// Where the matrix differs, with the oracle's reasons. An engine that the expectation does not hold is compared
-    /// with its first.
+    /// Where the matrix differs, with the oracle's reasons: cells, endpoints that only one of the two has, tables of the
+    /// expectation that nothing was compared with. An engine that the expectation does not hold is compared with its
+    /// first.
     pub fn compare(&self, matrix: &Matrix, world: &World) -> Vec<Difference> {
         let mut differences = Vec::new();
         let places: Vec<Option<usize>> =
@@ -103,12 +104,16 @@ impl Expectation {
                 differences.push(Difference::Missing { endpoint: name.clone() });
             }
         }
+        for endpoint in matrix.endpoints.iter().filter(|endpoint| !self.endpoints.contains(&endpoint.name)) {
+            differences.push(Difference::New { endpoint: endpoint.name.clone() });
+        }
+        let mut compared = BTreeSet::new();
         for (engine, tables) in &matrix.engines {
-            let Some(expected) = self.engines.get(engine).or_else(|| self.engines.values().next()) else {
-                continue;
-            };
+            let held = self.engines.get_key_value(engine).or_else(|| self.engines.first_key_value());
+            let Some((held, expected)) = held else { continue };
             for (probe, expected) in expected {
                 let Some(rows) = tables.get(probe) else { continue };
+                compared.insert((*held, *probe));
                 for (row, from) in expected.iter().zip(&places) {
                     for (expected, to) in row.iter().zip(&places) {
                         let (Some(from), Some(to)) = (*from, *to) else { continue };
@@ -132,6 +137,10 @@ impl Expectation {
                 }
             }
         }
+        let held =
+            self.engines.iter().flat_map(|(engine, tables)| tables.keys().map(|probe| (*engine, *probe)));
+        let uncompared = held.filter(|table| !compared.contains(table));
+        differences.extend(uncompared.map(|(engine, probe)| Difference::Unevaluated { engine, probe }));
         differences
     }
 }
@@ -143,6 +152,18 @@ pub enum Difference {
     Missing {
         /// Its name.
         endpoint: String,
+    },
+    /// An endpoint that the file does not have.
+    New {
+        /// Its name.
+        endpoint: String,
+    },
+    /// A table of the file that nothing was compared with: its probe, or its engine, was not evaluated.
+    Unevaluated {
+        /// Whose table.
+        engine: Engine,
+        /// Of what.
+        probe: Probe,
     },
     /// Another verdict.
     Cell {
@@ -167,6 +188,15 @@ impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Missing { endpoint } => write!(f, "{endpoint}: expected, and not there"),
+            Self::New { endpoint } => {
+                write!(f, "{endpoint}: there, and not expected: the file does not name it")
+            }
+            Self::Unevaluated { engine, probe } => {
+                write!(
+                    f,
+                    "table {engine} {probe}: expected, and not evaluated: --engine or --probe leaves it out"
+                )
+            }
             Self::Cell { engine, probe, source, destination, expected, observed, reason } => {
                 let (expected, observed) = (expected.symbol(), observed.symbol());
                 write!(

@@ -26,6 +26,7 @@ mod kind;
 mod node;
 mod policy;
 mod shape;
+mod spelling;
 mod validate;
 
 pub use self::kind::{Document, document};

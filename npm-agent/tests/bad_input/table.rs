@@ -253,6 +253,23 @@ const DOCUMENTS: &[(&str, &str)] = &[
     ("{}", "kind must be a string"),
     ("{kind: 7}", "kind must be a string"),
     ("{kind: List, items: 7}", "List: items must be a list"),
+    ("{apiVersion: v1, kind: List}", "List: items must be a list"),
+    ("apiVersion: networking.k8s.io/v1", "kind must be a string"),
+    (
+        "{apiVersion: networking.k8s.io/v1, kind: Networkpolicy, metadata: {name: a}}",
+        "file.yaml: kind \"Networkpolicy\" is not known; NetworkPolicy is; left out",
+    ),
+    (
+        "{apiVersion: networking.k8s.io/v1, kind: NetworkPol}",
+        "kind \"NetworkPol\" is not known; NetworkPolicy is",
+    ),
+    ("{apiVersion: networking.k8s.io/v1, kind: Policy}", "kind \"Policy\" is none of networking.k8s.io"),
+    ("{apiVersion: v1, kind: pod, metadata: {name: a}}", "kind \"pod\" is not known; Pod is"),
+    (
+        "{apiVersion: v1, kind: namespace, metadata: {name: a}}",
+        "kind \"namespace\" is not known; Namespace is",
+    ),
+    ("{kind: Policy, metadata: {name: a}}", "kind \"Policy\" has no apiVersion, so it may be cut short"),
     ("{kind: List, items: [7, {}]}", "not a Kubernetes object but the number 7"),
     ("kind: [", "file.yaml: line "),
     ("kind: {a: b", "the document is left out"),

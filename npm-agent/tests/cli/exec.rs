@@ -1,5 +1,6 @@
 //! Running programs: the agent's binary, this test program again, and the tools that make a network namespace.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 
@@ -27,6 +28,16 @@ impl Done {
 /// Runs the agent's binary with these arguments, without the environment's settings.
 pub(crate) fn agent(arguments: &[&str]) -> Done {
     Done { output: command(AGENT.into()).args(arguments).output().unwrap() }
+}
+
+/// The same, with a text on standard input, which is a pipe.
+pub(crate) fn agent_fed(arguments: &[&str], text: &str) -> Done {
+    let mut command = command(AGENT.into());
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    // Dropped, and so closed, at the end of the statement.
+    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    Done { output: child.wait_with_output().unwrap() }
 }
 
 /// Runs one test of this program in a process of its own, with a variable set.

@@ -4,6 +4,7 @@
 
 mod exec;
 mod lifecycle;
+mod matrix;
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;

@@ -5,15 +5,18 @@ use serde_json::Value;
 use super::findings::{Findings, brief, quoted};
 use super::node::{Duplicates, Node};
 use super::shape::described;
+use super::spelling::{Verdict, judge};
 use super::{Object, namespace_value, pod_value, policy_value};
 use crate::source::Problem;
 
 /// What a document (one value of a file) gives.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Document {
-    /// The objects in it, in order, and what is wrong with them. The problems of something that could not be
-    /// recognised as an object have an empty [`Problem::object`].
+    /// The objects in it, in order, and what is wrong with them.
     pub objects: Vec<Object>,
+    /// What may be an object cut short or misspelt, so that nobody knows which one: whatever the file held before may
+    /// be meant. Each has an empty [`Problem::object`].
+    pub broken: Vec<Problem>,
     /// How many objects are of kinds that decide nothing.
     pub ignored: usize,
 }
@@ -25,6 +28,9 @@ enum Kind {
     Namespace,
     NetworkPolicy,
 }
+
+/// The names of the kinds that decide.
+pub(super) const KINDS: [&str; 3] = ["Pod", "Namespace", "NetworkPolicy"];
 
 impl Kind {
     fn of(name: &str) -> Option<Self> {
@@ -76,36 +82,52 @@ pub fn document(document: Node) -> Document {
             (Some(kind), _) => kind.to_owned(),
             (None, Some(kind)) if node.field("kind").is_none() => Kind::name(kind).to_owned(),
             (None, _) => {
-                converted.objects.push(unrecognised(node));
+                converted.broken.push(unrecognised(node));
                 continue;
             }
         };
         if let Some(kind) = Kind::of(&kind) {
-            converted.objects.push(object(kind, node, listed_as));
-        } else if let Some(items) = kind.strip_suffix("List") {
-            // A list of a kind that decides nothing is passed over whole.
-            let listed_as = Kind::of(items);
-            if listed_as.is_none() && !items.is_empty() {
-                converted.ignored += 1;
-                continue;
-            }
+            add(&mut converted, kind, node, listed_as);
+            continue;
+        }
+        // A list of a kind that decides nothing is passed over whole.
+        let items = kind.strip_suffix("List");
+        if let Some(items) = items.filter(|items| items.is_empty() || Kind::of(items).is_some()) {
             match node.take_field("items") {
-                Some(Node::List(items)) => {
-                    left.extend(items.into_iter().rev().map(|item| (item, listed_as)));
+                Some(Node::List(nodes)) => {
+                    left.extend(nodes.into_iter().rev().map(|item| (item, Kind::of(items))));
                 }
-                None | Some(Node::Leaf(Value::Null)) => {}
-                Some(Node::Leaf(_) | Node::Map(_)) => {
-                    converted.objects.push(problem(&format!("{kind}: items must be a list; left out")));
+                // An empty list is `[]` in what kubectl and the API server write: this one is cut short.
+                None | Some(Node::Leaf(_) | Node::Map(_)) => {
+                    converted.broken.push(problem(&format!("{kind}: items must be a list; left out")));
                 }
             }
-        } else {
-            converted.ignored += 1;
+            continue;
+        }
+        match judge(&kind, node.field("apiVersion").and_then(Node::text)) {
+            Verdict::Other => converted.ignored += 1,
+            Verdict::Doubtful(reason) => {
+                converted.broken.push(problem(&format!("kind {} {reason}; left out", quoted(&kind))));
+            }
         }
     }
     converted
 }
 
-fn object(kind: Kind, node: Node, listed_as: Option<Kind>) -> Object {
+fn add(converted: &mut Document, kind: Kind, node: Node, listed_as: Option<Kind>) {
+    let is_foreign =
+        node.field("apiVersion").and_then(Node::text).is_some_and(|version| kind.is_foreign(version));
+    let (object, is_named) = object(kind, node, listed_as);
+    let is_whole = is_named && object.change.is_some();
+    if !is_foreign && !is_whole {
+        let kind = kind.name();
+        converted.broken.push(problem(&format!("a {kind} that can't be told from others may be cut short")));
+    }
+    converted.objects.push(object);
+}
+
+/// The object, and whether it has a name.
+fn object(kind: Kind, node: Node, listed_as: Option<Kind>) -> (Object, bool) {
     let mut findings = Findings::default();
     let duplicates = match kind {
         // A pod or namespace without the labels that it may have would not be selected.
@@ -113,12 +135,18 @@ fn object(kind: Kind, node: Node, listed_as: Option<Kind>) -> Object {
         Kind::NetworkPolicy => Duplicates::TakenOut,
     };
     let value = node.into_value(duplicates, &mut findings);
+    let is_named = match value.pointer("/metadata/name") {
+        Some(Value::String(name)) => !name.is_empty(),
+        Some(Value::Number(_) | Value::Bool(_)) => true,
+        None | Some(Value::Null | Value::Array(_) | Value::Object(_)) => false,
+    };
     match value.get("apiVersion") {
         Some(Value::String(version)) if version == kind.api_version() => {}
         Some(Value::String(version)) if kind.is_foreign(version) => {
             let (version, ours) = (quoted(version), kind.api_version());
             let message = format!("apiVersion {version} is another API's, not {ours}; left out");
-            return Object { change: None, problems: vec![Problem { object: named(kind, &value), message }] };
+            let problems = vec![Problem { object: named(kind, &value), message }];
+            return (Object { change: None, problems }, is_named);
         }
         Some(Value::String(version)) => {
             findings.note("apiVersion", &format!("{} is not {}", quoted(version), kind.api_version()));
@@ -127,11 +155,12 @@ fn object(kind: Kind, node: Node, listed_as: Option<Kind>) -> Object {
         None if listed_as.is_some() => {}
         None | Some(_) => findings.note("apiVersion", &format!("must be {}", kind.api_version())),
     }
-    match kind {
+    let object = match kind {
         Kind::Pod => pod_value(value, findings),
         Kind::Namespace => namespace_value(value, findings),
         Kind::NetworkPolicy => policy_value(value, findings),
-    }
+    };
+    (object, is_named)
 }
 
 /// The kind and name of an object that is not converted, for people.
@@ -142,7 +171,7 @@ fn named(kind: Kind, value: &Value) -> String {
     format!("{} {}", kind.name(), brief(&format!("{namespace}{name}")))
 }
 
-fn unrecognised(node: Node) -> Object {
+fn unrecognised(node: Node) -> Problem {
     let what = match node {
         Node::Map(_) => return problem("not a Kubernetes object: kind must be a string; left out"),
         Node::List(_) => "a list".to_owned(),
@@ -151,6 +180,6 @@ fn unrecognised(node: Node) -> Object {
     problem(&format!("not a Kubernetes object but {what}; left out"))
 }
 
-fn problem(message: &str) -> Object {
-    Object { change: None, problems: vec![Problem { object: String::new(), message: message.to_owned() }] }
+fn problem(message: &str) -> Problem {
+    Problem { object: String::new(), message: message.to_owned() }
 }

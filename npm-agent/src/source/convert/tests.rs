@@ -12,7 +12,8 @@ fn converted(spec: Value) -> (Policy, Vec<String>) {
         "metadata": {"name": "p", "namespace": "x"},
         "spec": spec,
     });
-    let Document { objects, ignored } = document(value.into());
+    let Document { objects, broken, ignored } = document(value.into());
+    assert_eq!(broken, []);
     assert_eq!((objects.len(), ignored), (1, 0));
     let Object { change, problems } = objects.into_iter().next().unwrap();
     let Some(Change::Policy(key, Some(policy))) = change else { panic!("{problems:?}") };
@@ -306,23 +307,39 @@ fn kinds_and_lists() {
         namespace("a"),
         {"kind": "NamespaceList", "items": [{"metadata": {"name": "b", "labels": {"kubernetes.io/metadata.name": "c"}}}]},
         {"kind": "Deployment", "apiVersion": "apps/v1"},
-        {"kind": "ServiceList", "items": [1]},
+        {"kind": "ServiceList", "apiVersion": "v1", "items": [1]},
+        {"kind": "PodList", "items": []},
         {"kind": "PodList", "items": null},
+        {"kind": "PodList"},
         {"kind": "PodList", "items": 7},
         null,
         {"metadata": {}},
         {"apiVersion": "projectcalico.org/v3", "kind": "NetworkPolicy", "metadata": {"name": "x", "namespace": "y"}},
         {"apiVersion": "extensions/v1beta1", "kind": "NetworkPolicy", "metadata": {"name": "x"}},
         {"kind": "Namespace", "metadata": {"name": "d"}},
+        {"apiVersion": "v1", "kind": "namespace", "metadata": {"name": "e"}},
+        {"kind": "Deployment"},
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "f"}},
     ]});
-    let Document { objects, ignored } = document(list.into());
+    let Document { objects, broken, ignored } = document(list.into());
     assert_eq!(ignored, 2);
+    let broken: Vec<_> =
+        broken.iter().map(|problem| (problem.object.as_str(), problem.message.as_str())).collect();
+    let no_list = ("", "PodList: items must be a list; left out");
+    let expected = [
+        no_list,
+        no_list,
+        no_list,
+        ("", "not a Kubernetes object: kind must be a string; left out"),
+        ("", "kind \"namespace\" is not known; Namespace is; left out"),
+        ("", "kind \"Deployment\" has no apiVersion, so it may be cut short; left out"),
+        ("", "a Pod that can't be told from others may be cut short"),
+    ];
+    assert_eq!(broken, expected);
     let said: Vec<_> = objects.iter().flat_map(|object| &object.problems).collect();
     let said: Vec<_> =
         said.iter().map(|problem| (problem.object.as_str(), problem.message.as_str())).collect();
     let expected = [
-        ("", "PodList: items must be a list; left out"),
-        ("", "not a Kubernetes object: kind must be a string; left out"),
         (
             "NetworkPolicy y/x",
             "apiVersion \"projectcalico.org/v3\" is another API's, not networking.k8s.io/v1; left out",
@@ -333,6 +350,7 @@ fn kinds_and_lists() {
              nothing",
         ),
         ("Namespace d", "apiVersion: must be v1; left out"),
+        ("Pod", "metadata.name: must not be empty; the pod is left out"),
     ];
     assert_eq!(said, expected);
     let named = |object: &Object| match &object.change {

@@ -20,7 +20,8 @@ const MAX_ALIASED: usize = 100_000;
 pub(super) struct Parsed {
     /// The objects, in order, each with what is wrong with it.
     pub(super) objects: Vec<Object>,
-    /// What is wrong with the text. Each has an empty [`Problem::object`].
+    /// What is wrong with the text, so that what was in it before may be meant. Each has an empty
+    /// [`Problem::object`].
     pub(super) broken: Vec<Problem>,
     /// How many objects are of kinds that decide nothing.
     pub(super) ignored: usize,
@@ -35,6 +36,7 @@ pub(super) fn parse(text: &str) -> Parsed {
                 let converted = document(node.unwrap_or(Node::Leaf(serde_json::Value::Null)));
                 parsed.ignored += converted.ignored;
                 parsed.objects.extend(converted.objects);
+                parsed.broken.extend(converted.broken);
             }
             Err(error) => {
                 let place = error.location().map_or_else(
