@@ -453,6 +453,23 @@ fn subjects_that_change_places_never_meet() {
     there_and_back(&[&first[..], &policies].concat(), &[&then[..], &policies].concat());
 }
 
+/// A pod's second address becomes another pod's: what passed as its own packets passes by a policy from then on.
+#[test]
+fn a_second_address_becomes_a_peer() {
+    let mut both = pod("b", "10.0.0.1", &[]);
+    let Change::Pod(_, Some(first)) = &mut both else { panic!("a pod is a pod") };
+    first.addresses.insert("10.0.0.6".parse().expect("an address"));
+    let mut taker = pod("a", "10.0.0.6", &["peer"]);
+    let Change::Pod(_, Some(second)) = &mut taker else { panic!("a pod is a pod") };
+    second.created = first.created + 1;
+    let base = [
+        both,
+        policy("q", Selector::everything(), vec![from_pods("peer")], None),
+        policy("p", labelled("peer"), vec![from_pods("peer")], None),
+    ];
+    there_and_back(&base, &[&base[..], &[taker]].concat());
+}
+
 /// A pod comes as a peer just when a policy that allows it comes to somebody else.
 #[test]
 fn a_policy_and_its_peer_come_together() {

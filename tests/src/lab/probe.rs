@@ -1,7 +1,7 @@
 //! Probes: new connections of every kind, all at once, and what became of each.
 //!
 //! Every attempt has a source port (or echo id) of its own, so that no earlier probe makes it part of an established
-//! connection. A probe is called blocked only after [`QUIET`] without a sign of its last attempt.
+//! connection. A probe is called blocked only after 300 ms without a sign of its last attempt.
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};

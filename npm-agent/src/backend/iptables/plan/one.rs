@@ -10,10 +10,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use npm_policy::goal::Member;
 
 use super::super::layout;
-use super::super::state::{Chain, Line, Name, SetKind, State};
+use super::super::state::{Chain, Line, Name, SetKind, State, Target};
 use super::uses::Uses;
 use super::{Change, Planner, Step, Transaction, member_address};
 
@@ -72,7 +73,9 @@ impl OneAddress<'_, '_> {
             return false;
         }
         let bases = [layout::INGRESS, layout::EGRESS];
-        unbroken && bases.iter().all(|base| only_jumps_for(address, less, more, base))
+        unbroken
+            && only_itself_differs(address, less, more)
+            && bases.iter().all(|base| only_jumps_for(address, less, more, base))
     }
 
     fn steps(&self) -> Option<Vec<Step>> {
@@ -126,6 +129,19 @@ impl OneAddress<'_, '_> {
 /// A chain that stays only because somebody else's rules lead to it.
 fn planner_keeps(planner: &Planner<'_>, name: &Name, chain: &Chain) -> bool {
     planner.actual.claimed.contains(name) && chain.is_empty()
+}
+
+/// Whether the rules that let a pod reach itself differ in the address with itself only. Where a pod's other address is
+/// concerned, what passed as the pod's own may pass by a policy afterwards, and both have to change in one write.
+fn only_itself_differs(address: IpAddr, less: &State, more: &State) -> bool {
+    let lines = |state: &State| -> BTreeSet<Line> {
+        state.chains.get(layout::DENIED).map(|chain| chain.iter().cloned().collect()).unwrap_or_default()
+    };
+    let own = Some(IpNet::from(address));
+    lines(less).symmetric_difference(&lines(more)).all(|line| match line {
+        Line::Unreadable(_) => false,
+        Line::Rule(rule) => (rule.source, rule.destination) == (own, own) || rule.target == Target::Drop,
+    })
 }
 
 /// Whether a base chain of `more` is that of `less` with jumps added whose subjects are the address alone.
