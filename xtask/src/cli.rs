@@ -42,7 +42,7 @@ enum Task {
     },
     /// Put typical bugs into a copy of the tree, one by one: each must turn a test red (about 20 minutes)
     Mutants {
-        /// Arguments of the program itself: --sample N, --only TEXT
+        /// Arguments of the program itself: --sample N, --first N, --only TEXT
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
