@@ -40,7 +40,7 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
-    /// Put typical bugs into a copy of the tree, one by one: each must turn a test red (about 20 minutes)
+    /// Put typical bugs into a copy of the tree, one by one: each must turn a test red (about half an hour)
     Mutants {
         /// Arguments of the program itself: --sample N, --first N, --only TEXT
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
