@@ -5,6 +5,7 @@ pub mod backend;
 pub mod cli;
 pub mod config;
 pub mod exec;
+pub mod interfaces;
 pub mod lock;
 pub mod logging;
 pub mod matrix;
