@@ -11,7 +11,10 @@ pub mod follow;
 mod message;
 pub mod select;
 
+use std::collections::BTreeSet;
 use std::fmt;
+
+use npm_policy::goal::Family;
 
 /// An interface's number in its namespace. The kernel gives a number that is free again only after all others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -38,6 +41,8 @@ pub struct Interface {
     pub master: Option<Master>,
     /// What its frames begin with.
     pub framing: Framing,
+    /// Of a bridge: the families whose bridged packets it shows to iptables by itself, whatever the node's setting.
+    pub asks_filter: BTreeSet<Family>,
 }
 
 /// What an interface is.

@@ -1,26 +1,28 @@
-//! What the kernel says of interfaces (rtnetlink), read: only the parts that are needed, so that an attribute that a later
-//! kernel adds or lengthens changes nothing.
+//! What the kernel says of interfaces (rtnetlink(7)), read: only the parts that are needed, so that an attribute that a
+//! later kernel adds or lengthens changes nothing.
 
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkBuffer, NlasIterator};
+use std::collections::BTreeSet;
+
+use npm_policy::goal::Family;
 
 use super::{AdminState, Framing, Index, Interface, Kind, Master};
+use crate::netlink::{array, attribute, attributes, text};
 
-// linux/netlink.h
-const NLMSG_NOOP: u16 = 1;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-const NLMSG_OVERRUN: u16 = 4;
 // linux/rtnetlink.h
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
-const RTM_GETLINK: u16 = 18;
+/// Asks for interfaces.
+pub(super) const RTM_GETLINK: u16 = 18;
 // linux/if_link.h
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_EXT_MASK: u16 = 29;
 const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_DATA: u16 = 2;
 const IFLA_INFO_SLAVE_KIND: u16 = 4;
+const IFLA_BR_NF_CALL_IPTABLES: u16 = 36;
+const IFLA_BR_NF_CALL_IP6TABLES: u16 = 37;
 const RTEXT_FILTER_SKIP_STATS: u32 = 8;
 // net/if.h
 const IFF_UP: u32 = 1;
@@ -29,17 +31,16 @@ const IFF_LOOPBACK: u32 = 8;
 const AF_UNSPEC: u8 = 0;
 // linux/if_arp.h
 const ARPHRD_ETHER: u16 = 1;
+const ARPHRD_RAWIP: u16 = 519;
 const ARPHRD_TUNNEL: u16 = 768;
 const ARPHRD_TUNNEL6: u16 = 769;
 const ARPHRD_LOOPBACK: u16 = 772;
 const ARPHRD_SIT: u16 = 776;
 const ARPHRD_IPGRE: u16 = 778;
 const ARPHRD_IP6GRE: u16 = 823;
-const ARPHRD_RAWIP: u16 = 519;
 const ARPHRD_NONE: u16 = 0xfffe;
 
-/// The length of `struct nlmsghdr`, of `struct ifinfomsg`.
-const HEADER_LEN: usize = 16;
+/// The length of `struct ifinfomsg`.
 const LINK_HEADER_LEN: usize = 16;
 
 /// One message.
@@ -49,119 +50,64 @@ pub(super) enum Message {
     Present(Interface),
     /// An interface that is there no more, or in another namespace.
     Gone(Index),
-    /// The end of a list.
-    Done,
-    /// The kernel refuses, with this error number. 0: it agrees.
-    Refused(i32),
-    /// The kernel has lost messages for this socket.
-    Overrun,
     /// Not about an interface as such.
     Other,
 }
 
-/// A message, and whether the list that it belongs to changed while it was told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Told {
-    pub(super) message: Message,
-    pub(super) sequence: u32,
-    pub(super) interrupted: bool,
-}
-
-/// Why bytes could not be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a message of {bytes} bytes about interfaces is malformed at {what}")]
-pub struct Malformed {
-    /// How long what is left of it is.
-    pub bytes: usize,
-    /// The part.
-    pub what: &'static str,
-}
-
-/// The request for the list of all interfaces.
-pub(super) fn list_request(sequence: u32) -> Vec<u8> {
-    let mut bytes = vec![0; HEADER_LEN + LINK_HEADER_LEN];
-    bytes.extend_from_slice(&8_u16.to_ne_bytes());
-    bytes.extend_from_slice(&IFLA_EXT_MASK.to_ne_bytes());
-    bytes.extend_from_slice(&RTEXT_FILTER_SKIP_STATS.to_ne_bytes());
-    let length = u32::try_from(bytes.len()).expect("a few bytes");
-    let mut packet = NetlinkBuffer::new(&mut bytes);
-    packet.set_length(length);
-    packet.set_message_type(RTM_GETLINK);
-    packet.set_flags(NLM_F_REQUEST | NLM_F_DUMP);
-    packet.set_sequence_number(sequence);
-    bytes
-}
-
-/// Reads a datagram: messages, one behind the other.
-pub(super) fn read(mut bytes: &[u8]) -> Result<Vec<Told>, Malformed> {
-    let mut messages = Vec::new();
-    while !bytes.is_empty() {
-        let malformed = |what| Malformed { bytes: bytes.len(), what };
-        let packet = NetlinkBuffer::new_checked(bytes).map_err(|_too_short| malformed("its header"))?;
-        let length = usize::try_from(packet.length()).unwrap_or(usize::MAX);
-        let payload = bytes.get(HEADER_LEN..length).ok_or_else(|| malformed("its length"))?;
-        messages.push(Told {
-            message: read_one(packet.message_type(), payload).map_err(malformed)?,
-            sequence: packet.sequence_number(),
-            interrupted: packet.flags() & NLM_F_DUMP_INTR != 0,
-        });
-        // Messages begin at multiples of four.
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-    }
-    Ok(messages)
-}
-
-fn read_one(kind: u16, payload: &[u8]) -> Result<Message, &'static str> {
-    match kind {
-        NLMSG_NOOP => Ok(Message::Other),
-        NLMSG_ERROR => {
-            Ok(Message::Refused(-i32::from_ne_bytes(array(payload, 0).ok_or("its error number")?)))
+impl Message {
+    /// The interface that it says is there.
+    pub(super) fn present(&self) -> Option<Index> {
+        match self {
+            Self::Present(interface) => Some(interface.index),
+            Self::Gone(_) | Self::Other => None,
         }
-        NLMSG_DONE => Ok(Message::Done),
-        NLMSG_OVERRUN => Ok(Message::Overrun),
-        RTM_NEWLINK | RTM_DELLINK => read_link(kind, payload),
-        _ => Ok(Message::Other),
     }
 }
 
-/// `struct ifinfomsg` and its attributes (rtnetlink(7)).
-fn read_link(kind: u16, payload: &[u8]) -> Result<Message, &'static str> {
-    let header: [u8; LINK_HEADER_LEN] = array(payload, 0).ok_or("the interface's header")?;
+/// What the request for the list of all interfaces holds.
+pub(super) fn list_body() -> Vec<u8> {
+    let mut body = vec![0; LINK_HEADER_LEN];
+    body.extend(attribute(IFLA_EXT_MASK, &RTEXT_FILTER_SKIP_STATS.to_ne_bytes()));
+    body
+}
+
+/// Reads a message.
+///
+/// # Errors
+/// The part that is malformed.
+pub(super) fn read(kind: u16, payload: &[u8]) -> Result<Message, &'static str> {
+    if ![RTM_NEWLINK, RTM_DELLINK].contains(&kind) {
+        return Ok(Message::Other);
+    }
+    let header: [u8; LINK_HEADER_LEN] = array(payload, 0).ok_or("an interface's header")?;
     // A bridge says in messages of its own family that a port joins or leaves: leaving is no end of the interface.
     if header[0] != AF_UNSPEC {
         return Ok(Message::Other);
     }
-    let index = Index(u32::from_ne_bytes(array(&header, 4).ok_or("the interface's number")?));
+    let index = Index(u32::from_ne_bytes(array(&header, 4).ok_or("an interface's number")?));
     if kind == RTM_DELLINK {
         return Ok(Message::Gone(index));
     }
-    let framing = u16::from_ne_bytes(array(&header, 2).ok_or("the interface's type")?);
-    let flags = u32::from_ne_bytes(array(&header, 8).ok_or("the interface's flags")?);
-    let (mut name, mut master, mut info_kind, mut port) = (None, None, None, None);
-    for attribute in NlasIterator::new(&payload[LINK_HEADER_LEN..]) {
-        let attribute = attribute.map_err(|_cut| "an attribute")?;
-        match attribute.kind() {
-            IFLA_IFNAME => name = Some(text(attribute.value())),
+    let framing = u16::from_ne_bytes(array(&header, 2).ok_or("an interface's type")?);
+    let flags = u32::from_ne_bytes(array(&header, 8).ok_or("an interface's flags")?);
+    let (mut name, mut master, mut info) = (None, None, Info::default());
+    for attribute in attributes(&payload[LINK_HEADER_LEN..]) {
+        let (kind, held) = attribute.map_err(|_cut| "an interface's attribute")?;
+        match kind {
+            IFLA_IFNAME => name = Some(text(held)),
             IFLA_MASTER => {
-                master = Some(u32::from_ne_bytes(array(attribute.value(), 0).ok_or("the master's number")?));
+                let number = array(held, 0).ok_or("the number of an interface's master")?;
+                master = Some(u32::from_ne_bytes(number));
             }
-            IFLA_LINKINFO => {
-                for part in NlasIterator::new(attribute.value()) {
-                    let part = part.map_err(|_cut| "a part of the kind")?;
-                    match part.kind() {
-                        IFLA_INFO_KIND => info_kind = Some(text(part.value())),
-                        IFLA_INFO_SLAVE_KIND => port = Some(text(part.value())),
-                        _ => {}
-                    }
-                }
-            }
+            IFLA_LINKINFO => info = Info::read(held)?,
             _ => {}
         }
     }
+    let Info { kind, port, asks_filter } = info;
     Ok(Message::Present(Interface {
         index,
-        name: name.ok_or("the interface's name")?,
-        kind: match info_kind.as_deref() {
+        name: name.ok_or("an interface's name")?,
+        kind: match kind.as_deref() {
             _ if flags & IFF_LOOPBACK != 0 => Kind::Loopback,
             None => Kind::Device,
             Some("veth") => Kind::Veth,
@@ -176,15 +122,45 @@ fn read_link(kind: u16, payload: &[u8]) -> Result<Message, &'static str> {
             | ARPHRD_NONE => Framing::Ip,
             other => Framing::Other(other),
         },
+        asks_filter,
     }))
 }
 
-/// Text that ends with a zero byte, or at its end.
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
+/// What an interface is, in the kernel's words.
+#[derive(Default)]
+struct Info {
+    kind: Option<String>,
+    port: Option<String>,
+    asks_filter: BTreeSet<Family>,
 }
 
-/// `N` bytes from `start`.
-fn array<const N: usize>(bytes: &[u8], start: usize) -> Option<[u8; N]> {
-    bytes.get(start..)?.first_chunk().copied()
+impl Info {
+    fn read(bytes: &[u8]) -> Result<Self, &'static str> {
+        let mut info = Self::default();
+        let mut of_kind: &[u8] = &[];
+        for part in attributes(bytes) {
+            let (kind, held) = part.map_err(|_cut| "a part of an interface's kind")?;
+            match kind {
+                IFLA_INFO_KIND => info.kind = Some(text(held)),
+                IFLA_INFO_SLAVE_KIND => info.port = Some(text(held)),
+                IFLA_INFO_DATA => of_kind = held,
+                _ => {}
+            }
+        }
+        // The numbers of these attributes mean something else for other kinds.
+        if info.kind.as_deref() == Some("bridge") {
+            for setting in attributes(of_kind) {
+                let (kind, held) = setting.map_err(|_cut| "a bridge's setting")?;
+                let family = match kind {
+                    IFLA_BR_NF_CALL_IPTABLES => Family::V4,
+                    IFLA_BR_NF_CALL_IP6TABLES => Family::V6,
+                    _ => continue,
+                };
+                if held.first().is_some_and(|value| *value != 0) {
+                    info.asks_filter.insert(family);
+                }
+            }
+        }
+        Ok(info)
+    }
 }

@@ -165,6 +165,8 @@ impl FromStr for Selection {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::interfaces::{AdminState, Framing, Index, Master};
 
@@ -176,6 +178,7 @@ mod tests {
             state: AdminState::Up,
             master: port.map(|port| Master { index: Index(3), port: port.map(str::to_owned) }),
             framing: Framing::Ethernet,
+            asks_filter: BTreeSet::new(),
         }
     }
 
