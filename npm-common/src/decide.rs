@@ -126,6 +126,7 @@ pub const fn unread(error: ParseError) -> u32 {
             ParseError::NotIp => 2,
             ParseError::BadHeader => 3,
             ParseError::TooManyExtensions => 4,
+            ParseError::TooManyTags => 5,
         }
 }
 

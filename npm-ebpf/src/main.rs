@@ -7,6 +7,7 @@
 //!   returns is a code of npm_common::decide and no action.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 #![expect(missing_docs, reason = "the classifier macro makes a public function of its own")]
 
 mod maps;
@@ -16,12 +17,12 @@ use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
-use npm_common::decide::{Flow, decide, port_of, unread};
-use npm_common::packet::{Addresses, parse_ethernet};
+use npm_common::decide::{Flow, decide, unread};
+use npm_common::packet::Family;
 use npm_common::tally::{Class, Count, SLOTS};
 
 use maps::{Ipv4, Ipv6};
-use skb::SkbBytes;
+use skb::{Link, headers};
 
 /// One count for each [`Class`], at its slot.
 #[map]
@@ -30,7 +31,7 @@ static TALLY: PerCpuArray<Count> = PerCpuArray::with_max_entries(SLOTS, 0);
 /// Counts the packet and lets the next program decide.
 #[classifier]
 pub fn observe(context: TcContext) -> i32 {
-    let class = Class::of(&parse_ethernet(&SkbBytes { context: &context }));
+    let class = Class::of(headers(&context, Link::Ethernet).as_ref());
     if let Some(count) = TALLY.get_ptr_mut(class.slot()) {
         // SAFETY: the kernel gave the pointer to this CPU's value, and no other program of this CPU runs meanwhile.
         let count = unsafe { &mut *count };
@@ -43,16 +44,16 @@ pub fn observe(context: TcContext) -> i32 {
 /// The code of what the maps say of the packet, taken for the first of a connection.
 #[classifier]
 pub fn verdict(context: TcContext) -> i32 {
-    let code = match parse_ethernet(&SkbBytes { context: &context }) {
-        Ok(packet) => {
-            let port = port_of(&packet);
-            match packet.addresses {
-                Addresses::V4 { source, destination } => {
-                    let (source, destination) = (source.octets(), destination.octets());
+    let code = match headers(&context, Link::Ethernet) {
+        Ok(headers) => {
+            let port = headers.port();
+            match headers.family() {
+                Family::V4 => {
+                    let (source, destination) = headers.v4();
                     decide(&Ipv4, &Flow { source, destination, port }).code()
                 }
-                Addresses::V6 { source, destination } => {
-                    let (source, destination) = (source.octets(), destination.octets());
+                Family::V6 => {
+                    let (source, destination) = headers.v6();
                     decide(&Ipv6, &Flow { source, destination, port }).code()
                 }
             }

@@ -322,7 +322,7 @@ fn reads_headers_as_user_space_does() -> Result<()> {
         let result =
             observer.program()?.test_run(options).with_context(|| format!("running {frame:02x?}"))?;
         ensure!(result.return_value == TC_ACT_UNSPEC, "{frame:02x?}: returned {}", result.return_value);
-        let class = Class::of(&parse_ethernet(&frame.as_slice()));
+        let class = Class::of(parse_ethernet(&frame.as_slice()).as_ref());
         let slot = &mut expected[class.slot() as usize];
         slot.packets += 1;
         slot.bytes += frame.len() as u64;

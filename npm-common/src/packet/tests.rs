@@ -17,11 +17,13 @@ const TCP: [u8; 20] = [0x9c, 0x40, 0x01, 0xbb, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, 0x0
 const TCP_PORTS: Option<Ports> = Some(Ports { source: 40000, destination: 443 });
 
 fn ip(bytes: &[u8]) -> Result<Packet, ParseError> {
-    parse_ip(&bytes, 0)
+    let is_v6 = bytes.first().is_some_and(|first| first >> 4 == 6);
+    let ethertype = if is_v6 { ETHERTYPE_IPV6 } else { ETHERTYPE_IPV4 };
+    parse_network(&bytes, Network { ethertype, offset: 0 }).map(|headers| headers.packet())
 }
 
 fn ethernet(bytes: &[u8]) -> Result<Packet, ParseError> {
-    parse_ethernet(&bytes)
+    parse_ethernet(&bytes).map(|headers| headers.packet())
 }
 
 fn join(parts: &[&[u8]]) -> Vec<u8> {
@@ -66,7 +68,7 @@ fn tcp_over_ipv4() {
     let packet = ethernet(&join(&[&ETHERNET_V4, &V4, &TCP])).unwrap();
     let addresses =
         Addresses::V4 { source: Ipv4Addr::new(10, 1, 0, 5), destination: Ipv4Addr::new(10, 96, 0, 10) };
-    let expected = Packet { addresses, protocol: Protocol::TCP, ports: TCP_PORTS, fragment: Fragment::None };
+    let expected = Packet { addresses, protocol: Protocol::TCP, ports: TCP_PORTS, icmpv6_type: None, fragment: Fragment::None };
     assert_eq!(packet, expected);
     assert_eq!(packet.addresses.family(), Family::V4);
 }
@@ -81,6 +83,7 @@ fn udp_over_ipv6() {
         addresses: Addresses::V6 { source, destination },
         protocol: Protocol::UDP,
         ports: Some(Ports { source: 53, destination: 12345 }),
+        icmpv6_type: None,
         fragment: Fragment::None,
     };
     assert_eq!(packet, expected);
@@ -97,14 +100,15 @@ fn two_vlan_tags_are_looked_behind_and_no_more() {
         let frame = join(&[addresses, &tags.concat(), rest]);
         assert_eq!(ethernet(&frame).unwrap().ports, TCP_PORTS, "{tags:x?}");
     }
-    assert_eq!(ethernet(&join(&[addresses, service, tag, tag, rest])), Err(ParseError::NotIp));
+    assert_eq!(ethernet(&join(&[addresses, service, tag, tag, rest])), Err(ParseError::TooManyTags));
 }
 
 #[test]
 fn what_is_not_ip_is_not_ip() {
     let arp = join(&[&ETHERNET_V4[..12], &[0x08, 0x06], &[0; 28]]);
     assert_eq!(ethernet(&arp), Err(ParseError::NotIp));
-    assert_eq!(ip(&[0x55; 60]), Err(ParseError::NotIp));
+    let cdp = Network { ethertype: 0x2000, offset: 0 };
+    assert_eq!(parse_network(&v4(Protocol::TCP, 0, &[], &TCP).as_slice(), cdp), Err(ParseError::NotIp));
 }
 
 #[test]
@@ -277,14 +281,16 @@ fn every_prefix_is_truncated_or_whole() {
     ]);
     let tag = [0x81, 0, 0, 7, 0x08, 0x00];
     // The length of the headers that are looked at, and the frame.
-    let frames: [(usize, Vec<u8>); 7] = [
+    let frames: [(usize, Vec<u8>); 8] = [
         (14 + 20 + 4, join(&[&ETHERNET_V4, &V4, &TCP])),
         (18 + 20 + 4, join(&[&ETHERNET_V4[..12], &tag, &V4, &TCP])),
         (14 + 60 + 4, join(&[&ETHERNET_V4, &v4(Protocol::UDP, 0, &[1; 40], &TCP)])),
         // Without ports the fixed header is enough: options are never read.
         (14 + 20, join(&[&ETHERNET_V4, &v4(Protocol::ICMP, 0, &[1; 40], &TCP)])),
         (14 + 40 + 4, join(&[&ETHERNET_V6, &v6(Protocol::UDP, &TCP)])),
-        (14 + 40, join(&[&ETHERNET_V6, &v6(Protocol::ICMPV6, &TCP)])),
+        (14 + 40 + 8, join(&[&ETHERNET_V6, &v6(Protocol::ICMPV6, &TCP)])),
+        // ICMP in IPv6 is not ICMPv6.
+        (14 + 40, join(&[&ETHERNET_V6, &v6(Protocol::ICMP, &TCP)])),
         (14 + 40 + 8 + 8 + 8 + 24 + 4, join(&[&ETHERNET_V6, &v6(Protocol::HOP_BY_HOP, &chain)])),
     ];
     for (needed, frame) in frames {
