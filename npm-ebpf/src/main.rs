@@ -18,11 +18,11 @@ use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
 use npm_common::decide::{Flow, decide, unread};
-use npm_common::packet::Family;
+use npm_common::packet::{Family, Headers};
 use npm_common::tally::{Class, Count, SLOTS};
 
 use maps::{Ipv4, Ipv6};
-use skb::{Link, headers};
+use skb::{Start, read_into};
 
 /// One count for each [`Class`], at its slot.
 #[map]
@@ -31,7 +31,9 @@ static TALLY: PerCpuArray<Count> = PerCpuArray::with_max_entries(SLOTS, 0);
 /// Counts the packet and lets the next program decide.
 #[classifier]
 pub fn observe(context: TcContext) -> i32 {
-    let class = Class::of(headers(&context, Link::Ethernet).as_ref());
+    let mut headers = Headers::default();
+    let outcome = read_into(&context, Start::Ethernet, &mut headers);
+    let class = Class::of(outcome.as_ref().map(|()| &headers));
     if let Some(count) = TALLY.get_ptr_mut(class.slot()) {
         // SAFETY: the kernel gave the pointer to this CPU's value, and no other program of this CPU runs meanwhile.
         let count = unsafe { &mut *count };
@@ -44,8 +46,9 @@ pub fn observe(context: TcContext) -> i32 {
 /// The code of what the maps say of the packet, taken for the first of a connection.
 #[classifier]
 pub fn verdict(context: TcContext) -> i32 {
-    let code = match headers(&context, Link::Ethernet) {
-        Ok(headers) => {
+    let mut headers = Headers::default();
+    let code = match read_into(&context, Start::Ethernet, &mut headers) {
+        Ok(()) => {
             let port = headers.port();
             match headers.family() {
                 Family::V4 => {

@@ -7,54 +7,92 @@ use core::arch::asm;
 use core::ptr::NonNull;
 
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::bpf_skb_load_bytes;
+use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
+use aya_ebpf::helpers::{bpf_skb_load_bytes, bpf_skb_load_bytes_relative};
 use aya_ebpf::programs::TcContext;
-use npm_common::packet::{Bytes, Headers, Network, ParseError, behind_ethernet, code, outcome, read};
+use npm_common::packet::{
+    Bytes, ETHERTYPE_SERVICE_VLAN, ETHERTYPE_VLAN, Headers, Network, ParseError, behind_ethernet, code, outcome, read,
+};
 
 /// Offsets past this are never read: no chain of headers that the parser follows is longer, and the verifier wants a
 /// bound.
 const MAX_OFFSET: usize = 0x7fff;
 
-/// What a device's packets begin with.
+/// Where a packet is read from.
 #[derive(Clone, Copy)]
-pub(crate) enum Link {
-    /// An Ethernet header (ARPHRD_ETHER, ARPHRD_LOOPBACK).
+pub(crate) enum Start {
+    /// The Ethernet header that the packet begins with, as every packet of a test run does, and of devices of
+    /// ARPHRD_ETHER and ARPHRD_LOOPBACK. Fast.
     Ethernet,
-    /// The IP header: tun, ipip, sit, WireGuard and other devices of the third layer.
-    #[expect(dead_code, reason = "`verdict` and `observe` are for Ethernet; the enforcing program has both")]
-    Ip,
+    /// The network header, where the kernel says that it is; for devices of every kind, those whose packets begin with
+    /// the IP header (tun, ipip, WireGuard) included. A call of the kernel for each header.
+    #[expect(dead_code, reason = "`verdict` and `observe` see Ethernet; the enforcing program sees every device")]
+    Network,
 }
 
-/// Reads a packet's headers.
+/// Reads a packet's headers into `headers`; on an error they hold what was read until there.
 ///
 /// # Errors
 /// What can't be read.
 #[inline(always)]
-pub(crate) fn headers(context: &TcContext, link: Link) -> Result<Headers, ParseError> {
-    let network = match link {
-        Link::Ethernet => behind_ethernet(&SkbBytes { skb: context.skb.skb })?,
-        Link::Ip => {
-            // SAFETY: the kernel gave the pointer for as long as the program runs.
-            let protocol = unsafe { (*context.skb.skb).protocol };
-            Network { ethertype: u16::from_be(protocol as u16), offset: 0 }
+pub(crate) fn read_into(context: &TcContext, start: Start, headers: &mut Headers) -> Result<(), ParseError> {
+    let skb = context.skb.skb;
+    // SAFETY: the kernel gave the pointer for as long as the program runs.
+    let protocol = u16::from_be(unsafe { (*skb).protocol } as u16);
+    match (start, protocol) {
+        // What begins with a VLAN tag for the kernel is on a device that has Ethernet headers.
+        (Start::Network, ETHERTYPE_VLAN | ETHERTYPE_SERVICE_VLAN) | (Start::Ethernet, _) => {
+            let Network { ethertype, offset } = behind_ethernet(&FromStart { skb })?;
+            outcome(read_from_start(skb, ethertype.into(), offset as u64, headers))
         }
-    };
-    let mut headers = Headers::default();
-    let Network { ethertype, offset } = network;
-    outcome(read_headers(context.skb.skb, ethertype.into(), offset as u64, &mut headers))?;
-    Ok(headers)
+        (Start::Network, ethertype) => outcome(read_from_network(skb, ethertype.into(), headers)),
+    }
 }
 
 /// [`read`] as a function that the verifier checks by itself: with arguments that it takes, and the result as a
 /// [`code`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn read_headers(skb: *mut __sk_buff, ethertype: u64, offset: u64, headers: *mut Headers) -> u32 {
+extern "C" fn read_from_start(skb: *mut __sk_buff, ethertype: u64, offset: u64, headers: *mut Headers) -> u32 {
     let Some(mut headers) = NonNull::new(headers) else { return code(Err(ParseError::Truncated)) };
-    // SAFETY: it is not null, and the one caller's is to a value of its own.
+    // SAFETY: it is not null, and each caller's is to a value of its own.
     let headers = unsafe { headers.as_mut() };
-    let network = Network { ethertype: ethertype as u16, offset: offset as usize };
-    code(read(&SkbBytes { skb }, network, headers))
+    code(read(&FromStart { skb }, Network { ethertype: ethertype as u16, offset: offset as usize }, headers))
+}
+
+/// As [`read_from_start`], of a packet whose IP header is where the kernel says that the network header is.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn read_from_network(skb: *mut __sk_buff, ethertype: u64, headers: *mut Headers) -> u32 {
+    let Some(mut headers) = NonNull::new(headers) else { return code(Err(ParseError::Truncated)) };
+    // SAFETY: it is not null, and each caller's is to a value of its own.
+    let headers = unsafe { headers.as_mut() };
+    code(read(&FromNetwork { skb }, Network { ethertype: ethertype as u16, offset: 0 }, headers))
+}
+
+/// The packet's bytes from its network header on.
+struct FromNetwork {
+    skb: *mut __sk_buff,
+}
+
+impl Bytes for FromNetwork {
+    #[inline(always)]
+    fn copy<const N: usize>(&self, offset: usize, to: &mut [u8; N]) -> Option<()> {
+        if offset > MAX_OFFSET {
+            return None;
+        }
+        // SAFETY: the pointer is to N writable bytes, and N is the length.
+        let outcome = unsafe {
+            bpf_skb_load_bytes_relative(
+                self.skb.cast(),
+                offset as u32,
+                to.as_mut_ptr().cast(),
+                N as u32,
+                BPF_HDR_START_NET,
+            )
+        };
+        (outcome == 0).then_some(())
+    }
 }
 
 /// Moves 8, 4, 2 or 1 bytes by one load and one store, wherever they lie: rustc would move them one by one, because for
@@ -73,12 +111,12 @@ macro_rules! move_bytes {
     };
 }
 
-/// The packet's bytes, checked against what the kernel says is there.
-struct SkbBytes {
+/// The packet's bytes from its first one on, checked against what the kernel says is there.
+struct FromStart {
     skb: *mut __sk_buff,
 }
 
-impl Bytes for SkbBytes {
+impl Bytes for FromStart {
     #[inline(always)]
     fn copy<const N: usize>(&self, offset: usize, to: &mut [u8; N]) -> Option<()> {
         if offset > MAX_OFFSET {

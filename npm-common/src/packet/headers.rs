@@ -29,6 +29,7 @@ const PORTS: u8 = 2;
 const ICMPV6_TYPE: u8 = 4;
 const FIRST: u8 = 8;
 const LATER: u8 = 16;
+const ADDRESSES: u8 = 32;
 
 impl Headers {
     const fn is(&self, flag: u8) -> bool {
@@ -39,6 +40,13 @@ impl Headers {
     #[inline(always)]
     pub const fn family(&self) -> Family {
         if self.is(IPV6) { Family::V6 } else { Family::V4 }
+    }
+
+    /// Whether the addresses were read, as they are of each packet that holds the fixed part of its header, also when the
+    /// rest can't be read.
+    #[inline(always)]
+    pub const fn has_addresses(&self) -> bool {
+        self.is(ADDRESSES)
     }
 
     /// The source and the destination of an IPv4 packet, in network order; of an IPv6 packet they mean nothing.
@@ -140,6 +148,11 @@ impl Headers {
     pub(super) fn v6_mut(&mut self) -> &mut [u8; 32] {
         self.flags |= IPV6;
         &mut self.addresses
+    }
+
+    #[inline(always)]
+    pub(super) fn add_addresses(&mut self) {
+        self.flags |= ADDRESSES;
     }
 
     #[inline(always)]

@@ -66,7 +66,7 @@ pub fn parse_network(bytes: &impl Bytes, network: Network) -> Result<Headers, Pa
 ///
 /// # Errors
 /// [`ParseError`]: what can't be read. [`ParseError::NotIp`]: the EtherType is of neither IP. `headers` then hold what
-/// was read until there.
+/// was read until there: [`Headers::has_addresses`].
 #[inline(always)]
 pub fn read(bytes: &impl Bytes, network: Network, headers: &mut Headers) -> Result<(), ParseError> {
     *headers = Headers::default();
@@ -109,6 +109,7 @@ struct Upper {
 fn ipv4(bytes: &impl Bytes, offset: usize, headers: &mut Headers) -> Result<Upper, ParseError> {
     let start: [u8; IPV4_LEN_BYTES - 2 * 4] = bytes.array(offset).ok_or(ParseError::Truncated)?;
     bytes.copy(offset + start.len(), headers.v4_mut()).ok_or(ParseError::Truncated)?;
+    headers.add_addresses();
     let [version_and_length, _, t0, t1, _, _, f0, f1, _, protocol, _, _] = start;
     let header_len = usize::from(version_and_length & 0xf) * 4;
     if version_and_length >> 4 != 4 || header_len < IPV4_LEN_BYTES {
@@ -133,6 +134,7 @@ fn ipv4(bytes: &impl Bytes, offset: usize, headers: &mut Headers) -> Result<Uppe
 fn ipv6(bytes: &impl Bytes, offset: usize, headers: &mut Headers) -> Result<Upper, ParseError> {
     let start: [u8; IPV6_LEN_BYTES - 2 * 16] = bytes.array(offset).ok_or(ParseError::Truncated)?;
     bytes.copy(offset + start.len(), headers.v6_mut()).ok_or(ParseError::Truncated)?;
+    headers.add_addresses();
     let [first, _, _, _, p0, p1, next, _] = start;
     if first >> 4 != 6 {
         return Err(ParseError::BadHeader);
