@@ -8,7 +8,7 @@ mod headers;
 mod parse;
 
 pub use headers::{Headers, code, outcome};
-pub use parse::{Network, behind_ethernet, parse_ethernet, parse_network, read};
+pub use parse::{MAX_OFFSET, Network, behind_ethernet, parse_ethernet, parse_network, read};
 
 use core::fmt;
 use core::net::{Ipv4Addr, Ipv6Addr};

@@ -11,12 +11,8 @@ use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
 use aya_ebpf::helpers::{bpf_skb_load_bytes, bpf_skb_load_bytes_relative};
 use aya_ebpf::programs::TcContext;
 use npm_common::packet::{
-    Bytes, ETHERTYPE_SERVICE_VLAN, ETHERTYPE_VLAN, Headers, Network, ParseError, behind_ethernet, code, outcome, read,
+    Bytes, ETHERTYPE_SERVICE_VLAN, ETHERTYPE_VLAN, Headers, MAX_OFFSET, Network, ParseError, behind_ethernet, code, outcome, read,
 };
-
-/// Offsets past this are never read: no chain of headers that the parser follows is longer, and the verifier wants a
-/// bound.
-const MAX_OFFSET: usize = 0x7fff;
 
 /// Where a packet is read from.
 #[derive(Clone, Copy)]

@@ -11,6 +11,9 @@ use super::{
     IPV6_OFFSET, MAX_EXTENSIONS, MAX_VLAN_TAGS, PORTS_LEN_BYTES, ParseError, Ports, Protocol, VLAN_LEN_BYTES,
 };
 
+/// Offsets past this are not read: no chain of headers that the parser follows is longer, and the verifier wants a bound.
+pub const MAX_OFFSET: usize = 0x7fff;
+
 /// Where a packet's IP header is, and which IP the layer below says that it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Network {
@@ -71,6 +74,9 @@ pub fn parse_network(bytes: &impl Bytes, network: Network) -> Result<Headers, Pa
 pub fn read(bytes: &impl Bytes, network: Network, headers: &mut Headers) -> Result<(), ParseError> {
     *headers = Headers::default();
     let Network { ethertype, offset } = network;
+    if offset > MAX_OFFSET {
+        return Err(ParseError::Truncated);
+    }
     let Upper { offset, len, protocol, fragment } = match ethertype {
         ETHERTYPE_IPV4 => ipv4(bytes, offset, headers)?,
         ETHERTYPE_IPV6 => ipv6(bytes, offset, headers)?,
@@ -150,6 +156,11 @@ fn ipv6(bytes: &impl Bytes, offset: usize, headers: &mut Headers) -> Result<Uppe
         }
     };
     let Chain { protocol, offset, fragment } = chain;
+    let fragment = match (fragment & IPV6_OFFSET, fragment & IPV6_MORE_FRAGMENTS) {
+        (0, 0) => Fragment::None,
+        (0, _) => Fragment::First,
+        _ => Fragment::Later,
+    };
     Ok(Upper { offset, len, protocol, fragment })
 }
 
@@ -158,16 +169,17 @@ struct Chain {
     protocol: Protocol,
     /// Of the header that `protocol` names.
     offset: usize,
-    fragment: Fragment,
+    /// What the fragment headers say, all together: [`IPV6_OFFSET`], [`IPV6_MORE_FRAGMENTS`].
+    fragment: u16,
 }
 
 /// Follows the extension headers that Linux follows (`ipv6_ext_hdr`, net/ipv6/exthdrs_core.c), `next` at `offset`
 /// first. Stops at a fragment header of a later fragment: what follows is payload.
 #[inline(always)]
 fn follow_extensions(bytes: &impl Bytes, next: Protocol, offset: usize) -> Result<Chain, ParseError> {
-    let mut chain = Chain { protocol: next, offset, fragment: Fragment::None };
+    let mut chain = Chain { protocol: next, offset, fragment: 0 };
     for _ in 0..MAX_EXTENSIONS {
-        if !chain.protocol.is_extension() || chain.fragment == Fragment::Later {
+        if !chain.protocol.is_extension() || chain.fragment & IPV6_OFFSET != 0 {
             return Ok(chain);
         }
         // Each is of 8 bytes at least.
@@ -175,12 +187,7 @@ fn follow_extensions(bytes: &impl Bytes, next: Protocol, offset: usize) -> Resul
         let len = usize::from(len);
         chain.offset += match chain.protocol {
             Protocol::FRAGMENT => {
-                let word = u16::from_be_bytes([high, low]);
-                if word & IPV6_OFFSET != 0 {
-                    chain.fragment = Fragment::Later;
-                } else if word & IPV6_MORE_FRAGMENTS != 0 {
-                    chain.fragment = Fragment::First;
-                }
+                chain.fragment |= u16::from_be_bytes([high, low]);
                 8
             }
             // RFC 4302 §2.2: in units of 4 bytes, minus 2.
@@ -188,9 +195,12 @@ fn follow_extensions(bytes: &impl Bytes, next: Protocol, offset: usize) -> Resul
             // RFC 8200 §4: in units of 8 bytes, without the first.
             _ => (len + 1) * 8,
         };
+        if chain.offset > MAX_OFFSET {
+            return Err(ParseError::Truncated);
+        }
         chain.protocol = Protocol(next);
     }
-    if chain.protocol.is_extension() && chain.fragment != Fragment::Later {
+    if chain.protocol.is_extension() && chain.fragment & IPV6_OFFSET == 0 {
         return Err(ParseError::TooManyExtensions);
     }
     Ok(chain)
