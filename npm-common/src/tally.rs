@@ -59,13 +59,8 @@ pub enum Unread {
 
 const KINDS: [Kind; 5] = [Kind::Tcp, Kind::Udp, Kind::Sctp, Kind::Icmp, Kind::Other];
 const PARTS: [Part; 2] = [Part::WithHeader, Part::Later];
-const UNREAD: [Unread; 5] = [
-    Unread::Truncated,
-    Unread::NotIp,
-    Unread::BadHeader,
-    Unread::TooManyExtensions,
-    Unread::TooManyTags,
-];
+const UNREAD: [Unread; 5] =
+    [Unread::Truncated, Unread::NotIp, Unread::BadHeader, Unread::TooManyExtensions, Unread::TooManyTags];
 
 /// Slots of the array.
 pub const SLOTS: u32 = (2 * KINDS.len() * PARTS.len() + UNREAD.len()) as u32;

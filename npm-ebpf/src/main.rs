@@ -3,6 +3,7 @@
 //! - `observe` counts what would reach judgement, and judges nothing: it reads every packet that passes with the parser
 //!   that user space tests (npm_common::packet) and counts it by family, protocol and how far it could be read.
 //!   Whatever it sees, the packet goes on to whatever program is next.
+//! - `read_ethernet` and `read_network` say what was read of a packet's headers: tests run them.
 //! - `verdict` says what the maps say of a packet's headers. It is run by BPF_PROG_TEST_RUN and never attached: what it
 //!   returns is a code of npm_common::decide and no action.
 #![no_std]
@@ -17,8 +18,8 @@ use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
-use npm_common::decide::{Flow, decide, unread};
-use npm_common::packet::{Family, Headers};
+use npm_common::decide::{Flow, Verdict, decide, unread};
+use npm_common::packet::{Family, Headers, code};
 use npm_common::tally::{Class, Count, SLOTS};
 
 use maps::{Ipv4, Ipv6};
@@ -43,11 +44,32 @@ pub fn observe(context: TcContext) -> i32 {
     TC_ACT_UNSPEC
 }
 
+/// What is read from the packet's first byte on, as a number: tests compare it with what user space reads.
+#[classifier]
+pub fn read_ethernet(context: TcContext) -> i32 {
+    digest(&context, Start::Ethernet)
+}
+
+/// What is read from the packet's network header on, as a number.
+#[classifier]
+pub fn read_network(context: TcContext) -> i32 {
+    digest(&context, Start::Network)
+}
+
+#[inline(always)]
+fn digest(context: &TcContext, start: Start) -> i32 {
+    let mut headers = Headers::default();
+    let code = code(read_into(context, start, &mut headers));
+    headers.digest().wrapping_add(code) as i32
+}
+
 /// The code of what the maps say of the packet, taken for the first of a connection.
 #[classifier]
 pub fn verdict(context: TcContext) -> i32 {
     let mut headers = Headers::default();
     let code = match read_into(&context, Start::Ethernet, &mut headers) {
+        // No policy judges it.
+        Ok(()) if headers.is_neighbour_discovery() => Verdict::FREE.code(),
         Ok(()) => {
             let port = headers.port();
             match headers.family() {

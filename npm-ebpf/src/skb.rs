@@ -22,7 +22,6 @@ pub(crate) enum Start {
     Ethernet,
     /// The network header, where the kernel says that it is; for devices of every kind, those whose packets begin with
     /// the IP header (tun, ipip, WireGuard) included. A call of the kernel for each header.
-    #[expect(dead_code, reason = "`verdict` and `observe` see Ethernet; the enforcing program sees every device")]
     Network,
 }
 

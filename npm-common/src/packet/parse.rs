@@ -6,9 +6,10 @@
 
 use super::headers::Headers;
 use super::{
-    Bytes, ETHERNET_LEN_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_SERVICE_VLAN, ETHERTYPE_VLAN, Fragment,
-    ICMPV6_LEN_BYTES, IPV4_LEN_BYTES, IPV4_MORE_FRAGMENTS, IPV4_OFFSET, IPV6_LEN_BYTES, IPV6_MORE_FRAGMENTS,
-    IPV6_OFFSET, MAX_EXTENSIONS, MAX_VLAN_TAGS, PORTS_LEN_BYTES, ParseError, Ports, Protocol, VLAN_LEN_BYTES,
+    Bytes, ETHERNET_LEN_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_SERVICE_VLAN, ETHERTYPE_VLAN,
+    Fragment, ICMPV6_LEN_BYTES, IPV4_LEN_BYTES, IPV4_MORE_FRAGMENTS, IPV4_OFFSET, IPV6_LEN_BYTES,
+    IPV6_MORE_FRAGMENTS, IPV6_OFFSET, MAX_EXTENSIONS, MAX_VLAN_TAGS, PORTS_LEN_BYTES, ParseError, Ports,
+    Protocol, VLAN_LEN_BYTES,
 };
 
 /// Offsets past this are not read: no chain of headers that the parser follows is longer, and the verifier wants a bound.
@@ -88,7 +89,8 @@ pub fn read(bytes: &impl Bytes, network: Network, headers: &mut Headers) -> Resu
         return Ok(());
     }
     // Bytes past the IP packet's end are padding, and no header.
-    let holds = |needed| if len.is_some_and(|len| len < needed) { Err(ParseError::BadHeader) } else { Ok(()) };
+    let holds =
+        |needed| if len.is_some_and(|len| len < needed) { Err(ParseError::BadHeader) } else { Ok(()) };
     if protocol.has_ports() {
         holds(PORTS_LEN_BYTES)?;
         let [a, b, c, d] = bytes.array(offset).ok_or(ParseError::Truncated)?;
@@ -210,4 +212,3 @@ fn follow_extensions(bytes: &impl Bytes, next: Protocol, offset: usize) -> Resul
 fn word(bytes: &impl Bytes, offset: usize) -> Result<u16, ParseError> {
     bytes.array(offset).map(u16::from_be_bytes).ok_or(ParseError::Truncated)
 }
-
