@@ -118,7 +118,7 @@ fn established_connections_live_on() -> Result<()> {
             let from = from.unwrap();
             let mut connection =
                 lab.endpoints()[from].netns.run(|| Ok(TcpStream::connect((destination, 80))?))?;
-            connection.set_read_timeout(Some(Duration::from_secs(3)))?;
+            connection.set_read_timeout(Some(Duration::from_secs(20)))?;
             let mut echo = |word: &[u8; 4]| -> Result<()> {
                 let mut answer = [0; 4];
                 connection.write_all(word)?;

@@ -100,6 +100,11 @@ pub struct View {
 }
 
 impl View {
+    /// How many packets were sent.
+    pub fn sent(&self) -> u32 {
+        self.sent
+    }
+
     /// The share of the time since `earlier`, from 0 to 1, in which a change of a millisecond would have been seen.
     pub fn seen_since(&self, earlier: &Self) -> f64 {
         let blind = self.blind.saturating_sub(earlier.blind).as_secs_f64();
