@@ -8,4 +8,5 @@ pub mod opinions;
 pub mod property;
 pub mod random;
 pub mod scenario;
+pub mod sequence;
 pub mod table;

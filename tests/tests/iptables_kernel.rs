@@ -18,7 +18,7 @@ use npm_policy::goal::{
     Clause, Expression, Family, Goal, Member, PeerMatch, PortMatch, Program, Set, SetKey,
 };
 use npm_policy::model::{NamespaceScope, PodKey, PolicyKey, Selector};
-use npm_tests::random::{NODES, flows, sequence, world, world_of};
+use npm_tests::random::{NODES, flows, world, world_of};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
@@ -26,6 +26,8 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 mod failures;
 #[path = "iptables_kernel/neighbours.rs"]
 mod neighbours;
+#[path = "iptables_kernel/sequences.rs"]
+mod sequences;
 
 /// Runs `test` for both variants, each in a fresh network namespace.
 fn in_namespace(test: fn(Variant)) {
@@ -122,32 +124,6 @@ fn what_is_applied_is_what_is_read_and_stays() {
         let world = world_of(random(&world(), 3));
         for flow in flows(&world, 40, 1) {
             assert_eq!(restarted.decide(&flow).unwrap(), goal.verdict(&flow).decision(), "{flow}");
-        }
-    });
-}
-
-#[test]
-fn random_goals_one_after_another() {
-    in_namespace(|variant| {
-        let mut backend = backend(variant);
-        for seed in 0..25 {
-            let goal = random_goal(seed);
-            let applied = backend.apply(&goal).unwrap();
-            assert_eq!((applied.drift, applied.degraded), (vec![], vec![]));
-            assert_holds(&backend, &goal);
-        }
-        // And small changes, the likes of which a cluster makes.
-        let mut changes = random(&world(), 7);
-        for change in random(&sequence(40..41), 8) {
-            changes.push(change);
-            let goal = compile(&world_of(changes.clone()), NODES[0]).0;
-            backend.apply(&goal).unwrap();
-            assert_holds(&backend, &goal);
-        }
-        let (one, two) = (random_goal(1), random_goal(2));
-        for goal in [&one, &two, &one, &Goal::default(), &two] {
-            backend.apply(goal).unwrap();
-            assert_holds(&backend, goal);
         }
     });
 }

@@ -1,5 +1,6 @@
 //! Probes during updates: thousands of new flows a second each way through a running agent while policies are replaced,
-//! split and merged, pods and namespaces relabelled and addresses reused, also with the agent killed at random points.
+//! split and merged, pods and namespaces relabelled, addresses reused, all of this undone, one by one and many at once, and
+//! everything taken away and put back; also with the agent killed at random points.
 //!
 //! Invariant 2 (docs/ARCHITECTURE.md): a flow that the states before and after an update both deny never gets through
 //! meanwhile, and one that both allow is never lost. The observer's own test (`observer.rs`) shows that it catches a
@@ -30,7 +31,7 @@ use npm_tests::random::SplitMix;
 #[path = "updates/world.rs"]
 mod world;
 
-use world::{ADDRESSES, first_world, update};
+use world::{ADDRESSES, Walk};
 
 /// New flows a second that each stream sends, and the fewest at which an update counts as watched.
 const RATE: u32 = 6000;
@@ -117,8 +118,8 @@ fn run(run: Run) -> Result<()> {
     let directory = tempfile::tempdir()?;
     let manifests = directory.path().join("manifests");
     std::fs::create_dir(&manifests)?;
-    let mut world = first_world();
-    write(&world, &manifests)?;
+    let mut walk = Walk::start();
+    write(walk.world(), &manifests)?;
     let settings = Settings {
         backend: "iptables".into(),
         node: NODE.into(),
@@ -144,14 +145,14 @@ fn run(run: Run) -> Result<()> {
     let views = || [0, 1].map(|index: usize| streams[index].view());
     let mut spans = Vec::new();
     let mut kills = Kills::default();
-    let mut now = verdicts(&world);
+    let mut now = verdicts(walk.world());
     let started = Instant::now();
     let mut settled = started;
     let (mut made, mut watched) = (0, 0.0);
     let wanted = run.updates as f64;
     while watched + 0.5 < wanted && made < run.updates * MOST_TIMES && started.elapsed() < PATIENCE {
-        let what = update(&mut world, &mut numbers);
-        let next = verdicts(&world);
+        let what = walk.step(&mut numbers);
+        let next = verdicts(walk.world());
         let (begun, before) = (Instant::now(), views());
         spans.push(Span {
             from: settled,
@@ -159,7 +160,7 @@ fn run(run: Run) -> Result<()> {
             expected: now.map(Some),
             what: "between updates".into(),
         });
-        write(&world, &manifests)?;
+        write(walk.world(), &manifests)?;
         if run.fate == Fate::IsKilled {
             // The source waits for 100 ms of quiet: the first kill may come at any point of noticing. The next ones come
             // when the agent has its goal, at any point of reading back, planning and writing.

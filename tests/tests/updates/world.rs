@@ -18,7 +18,7 @@ const VALUES: [&str; 3] = ["web", "db", ""];
 pub(super) const ADDRESSES: [(&str, &str); 3] =
     [("10.241.0.2", "fd00:241::2"), ("10.241.0.3", "fd00:241::3"), ("10.241.0.4", "fd00:241::4")];
 
-pub(super) fn first_world() -> World {
+fn first_world() -> World {
     let mut world = World::default();
     for name in NAMESPACES {
         let labels = Labels::from([("env".into(), "web".into())]);
@@ -45,8 +45,60 @@ fn pod(index: usize, namespace: &str, name: &str, app: &str) -> Pod {
     }
 }
 
+/// A walk through worlds, forth and back.
+#[derive(Debug)]
+pub(super) struct Walk {
+    world: World,
+    past: Vec<World>,
+}
+
+impl Walk {
+    pub(super) fn start() -> Self {
+        Self { world: first_world(), past: Vec::new() }
+    }
+
+    pub(super) fn world(&self) -> &World {
+        &self.world
+    }
+
+    /// Changes the world, or undoes changes one by one or many at once, or takes everything away for one step; says
+    /// which.
+    pub(super) fn step(&mut self, numbers: &mut SplitMix) -> String {
+        let is_empty = self.world.pods().next().is_none();
+        match (numbers.next() % 10, self.past.len()) {
+            (_, 1..) if is_empty => {
+                self.back(1);
+                "everything is there again".into()
+            }
+            (0, 1..) => {
+                self.back(1);
+                "the last update is undone".into()
+            }
+            (1, len @ 2..) => {
+                let steps = usize::try_from(numbers.next()).unwrap_or(0) % usize::min(len, 6) + 1;
+                self.back(steps);
+                format!("the last {steps} updates are undone at once")
+            }
+            (2, _) => {
+                self.past.push(std::mem::take(&mut self.world));
+                "everything is gone".into()
+            }
+            (_, _) => {
+                self.past.push(self.world.clone());
+                update(&mut self.world, numbers)
+            }
+        }
+    }
+
+    fn back(&mut self, steps: usize) {
+        for _ in 0..steps {
+            self.world = self.past.pop().unwrap_or_default();
+        }
+    }
+}
+
 /// Changes the world in one of the ways that clusters change, or in several at once; says how.
-pub(super) fn update(world: &mut World, numbers: &mut SplitMix) -> String {
+fn update(world: &mut World, numbers: &mut SplitMix) -> String {
     let count = if numbers.next().is_multiple_of(4) { 3 } else { 1 };
     let said: Vec<String> = (0..count).map(|_| single_update(world, numbers)).collect();
     said.join(" and ")
