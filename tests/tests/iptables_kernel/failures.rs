@@ -202,6 +202,32 @@ fn what_a_failing_apply_learns_is_told_by_the_next_success() {
     });
 }
 
+/// Who cannot even read what is there has not seen what was changed: the next who can tells of it.
+#[test]
+fn drift_is_told_after_applies_that_could_not_read() {
+    in_namespace(|variant| {
+        let goal = rich_goal();
+        let stubs = Stubs::new(variant);
+        let mut backend = stubs.backend(stubs.tools());
+        backend.apply(&goal).unwrap();
+        shell(&format!("{} -F AZURE-NPM-DENIED", variant.command(Family::V6)));
+        let lines = Rendered::of(&goal).v6.chains["AZURE-NPM-DENIED"].len();
+        let unreadable = stubs.path("unreadable");
+        let refuse = format!("if [ -e {} ]; then exit 4; fi; exec $real \"$@\"", unreadable.display());
+        stubs.script(&variant.save(Family::V6), &refuse);
+        stubs.raise("unreadable");
+        for _ in 0..2 {
+            backend.apply(&goal).unwrap_err();
+            backend.verify().unwrap_err();
+        }
+        stubs.lower("unreadable");
+        let drift = backend.apply(&goal).unwrap().drift;
+        assert_eq!(drift.len(), lines, "{drift:?}");
+        assert_holds(&backend, &goal);
+        assert_eq!(backend.verify().unwrap(), Applied::default());
+    });
+}
+
 #[test]
 fn a_tool_that_hangs_is_an_error_and_no_more() {
     in_namespace(|variant| {
