@@ -10,4 +10,5 @@ pub mod programs;
 pub mod property;
 pub mod random;
 pub mod scenario;
+pub mod sequence;
 pub mod table;
