@@ -48,6 +48,24 @@ pub fn take_network_namespace() -> Result<Lock, LockError> {
     Lock::take_patiently(Path::new(RUN_DIRECTORY).join(format!("netns-{inode}.lock")))
 }
 
+/// Removes lock files of network namespaces that nobody holds: a killed agent leaves its own behind, and its namespace
+/// may never come back.
+pub fn sweep() {
+    sweep_in(Path::new(RUN_DIRECTORY));
+}
+
+fn sweep_in(directory: &Path) {
+    let Ok(entries) = std::fs::read_dir(directory) else { return };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let inode = name.strip_prefix("netns-").and_then(|rest| rest.strip_suffix(".lock"));
+        if inode.is_some_and(|inode| inode.parse::<u64>().is_ok()) {
+            // Who holds it keeps it; who wants it in this moment waits longer than this takes.
+            drop(Lock::take(&path));
+        }
+    }
+}
+
 /// How long an agent that starts waits for a lock. The holder may have been killed while it started a program: the
 /// program's process holds what it inherited until it has become that program.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -138,6 +156,24 @@ mod tests {
         assert!(!path.exists());
         std::fs::write(&path, "left behind by a killed process").unwrap();
         drop(Lock::take(&path).unwrap());
+    }
+
+    #[test]
+    fn what_nobody_holds_is_swept() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let held = Lock::take(path("netns-1.lock")).unwrap();
+        for file in ["netns-2.lock", "netns-x.lock", "netns-.lock", "default.sock"] {
+            std::fs::write(path(file), "").unwrap();
+        }
+        sweep_in(directory.path());
+        let mut left: Vec<_> =
+            std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["default.sock", "netns-.lock", "netns-1.lock", "netns-x.lock"]);
+        assert!(matches!(Lock::take(path("netns-1.lock")), Err(LockError::Held { .. })));
+        drop(held);
+        sweep_in(&path("none"));
     }
 
     #[test]

@@ -212,12 +212,13 @@ pub struct Endpoint {
     pub address: IpAddr,
 }
 
-/// The endpoints: running pods with an address of the family, in order of their keys, then the externals as given.
+/// The endpoints: running pods with an address of the family, in order of their keys, then the externals as given. A
+/// pod whose phase is not known runs; one that is Pending does not yet.
 pub fn endpoints(world: &World, externals: &[(String, IpAddr)], family: Family) -> Vec<Endpoint> {
     let of_family = |address: &&IpAddr| Family::of(**address) == family;
     let pods = world.pods().filter(|pod| match pod.phase {
         PodPhase::Active => true,
-        PodPhase::Ended => false,
+        PodPhase::Ended | PodPhase::Pending => false,
     });
     let pods = pods.filter_map(|pod| {
         let address = *pod.addresses.iter().find(of_family)?;

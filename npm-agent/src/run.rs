@@ -43,6 +43,7 @@ pub fn run(flags: Flags) -> anyhow::Result<()> {
     logging::abort_on_panic();
     announce(&settings);
     let _lock = lock::take_network_namespace()?;
+    lock::sweep();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = start(&settings, &runtime);
     // Reading files blocks in a thread that nobody has to wait for.

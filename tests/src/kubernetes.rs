@@ -33,6 +33,7 @@ fn map(labels: &BTreeMap<Arc<str>, Arc<str>>) -> Value {
 pub fn pod(pod: &Pod) -> Value {
     let phase = match pod.phase {
         PodPhase::Active => "Running",
+        PodPhase::Pending => "Pending",
         PodPhase::Ended => "Succeeded",
     };
     let ips: Vec<Value> = pod.addresses.iter().map(|address| json!({"ip": address.to_string()})).collect();

@@ -49,6 +49,25 @@ pub struct Host {
     pub addresses: Vec<IpAddr>,
 }
 
+impl Spec {
+    /// A node called `node` with these pods behind veths, each with a name and an address of either family.
+    ///
+    /// # Errors
+    /// An address is none.
+    pub fn one_node(pods: &[(&str, [&str; 2])]) -> Result<Self> {
+        let host = |name: &str, addresses: [&str; 2]| -> Result<Host> {
+            let addresses = addresses.iter().map(|address| address.parse()).collect::<Result<_, _>>();
+            Ok(Host { name: name.into(), addresses: addresses.context("an address")? })
+        };
+        Ok(Self {
+            layout: Layout::Routed,
+            nodes: vec![host("node", ["10.240.0.4", "fd00:240::4"])?],
+            pods: pods.iter().map(|(name, pair)| Ok((0, host(name, *pair)?))).collect::<Result<_>>()?,
+            externals: vec![],
+        })
+    }
+}
+
 /// Something that packets come from and go to: a node, a pod, an external host.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
@@ -310,6 +329,6 @@ pub fn require_root() -> bool {
         return true;
     }
     assert!(std::env::var("CI").as_deref() != Ok("true"), "CI must run these tests as root");
-    eprintln!("SKIPPED, NOT TESTED: this test needs root (network namespaces)");
+    eprintln!("SKIPPED, NOT TESTED: this test needs root (network namespaces, eBPF)");
     false
 }

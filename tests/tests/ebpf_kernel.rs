@@ -24,19 +24,9 @@ const REGRESSIONS: &str = regressions!("ebpf_kernel.txt");
 /// The program's verdicts that a run must compare at least.
 const LEAST_VERDICTS: u32 = 1_000_000;
 
-/// Whether this test can run; under CI it must.
-fn is_root() -> bool {
-    let root = nix::unistd::geteuid().is_root();
-    if !root {
-        eprintln!("SKIPPED: eBPF programs are loaded by root only");
-        assert!(std::env::var("CI").as_deref() != Ok("true"), "a skipped test is a failure in CI");
-    }
-    root
-}
-
 #[test]
 fn oracle_goal_iptables_and_the_kernel_agree() {
-    if !is_root() {
+    if !npm_tests::lab::require_root() {
         return;
     }
     let kernel = RefCell::new(Kernel::load().expect("the program loads"));
@@ -88,7 +78,7 @@ fn oracle_goal_iptables_and_the_kernel_agree() {
 
 #[test]
 fn long_lists_are_judged_whole() {
-    if !is_root() {
+    if !npm_tests::lab::require_root() {
         return;
     }
     let kernel = RefCell::new(Kernel::load().expect("the program loads"));

@@ -68,16 +68,6 @@ fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier> {
     program.try_into().context("taking it as a TC program")
 }
 
-/// Whether this test can run; under CI it must.
-fn is_root() -> bool {
-    let root = nix::unistd::geteuid().is_root();
-    if !root {
-        eprintln!("SKIPPED: eBPF programs are loaded by root only");
-        assert!(std::env::var("CI").as_deref() != Ok("true"), "a skipped test is a failure in CI");
-    }
-    root
-}
-
 /// Runs `work` on a thread that is alone in a network namespace, its loopback interface up.
 fn in_own_network<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     std::thread::scope(|scope| {
@@ -156,7 +146,7 @@ fn counts_live_traffic(attach: impl FnOnce(&mut SchedClassifier) -> Result<()> +
 
 #[test]
 fn counts_live_traffic_attached_by_tcx() -> Result<()> {
-    if !is_root() || KernelVersion::current()? < KernelVersion::new(6, 6, 0) {
+    if !npm_tests::lab::require_root() || KernelVersion::current()? < KernelVersion::new(6, 6, 0) {
         return Ok(());
     }
     counts_live_traffic(|program| {
@@ -168,7 +158,7 @@ fn counts_live_traffic_attached_by_tcx() -> Result<()> {
 
 #[test]
 fn counts_live_traffic_attached_by_clsact() -> Result<()> {
-    if !is_root() {
+    if !npm_tests::lab::require_root() {
         return Ok(());
     }
     counts_live_traffic(|program| {
@@ -181,7 +171,7 @@ fn counts_live_traffic_attached_by_clsact() -> Result<()> {
 
 #[test]
 fn reads_headers_as_user_space_does() -> Result<()> {
-    if !is_root() {
+    if !npm_tests::lab::require_root() {
         return Ok(());
     }
     const FRAMES: usize = 20_000;

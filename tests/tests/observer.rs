@@ -9,28 +9,17 @@ use anyhow::{Context, Result};
 use npm_policy::goal::Family;
 use npm_policy::model::Protocol;
 use npm_tests::exec;
-use npm_tests::lab::node::Layout;
 use npm_tests::lab::observer::{self, End, Observer, Stream, Trace, Which};
 use npm_tests::lab::service::Dialect;
-use npm_tests::lab::{Host, Lab, Spec, require_root};
+use npm_tests::lab::{Lab, Spec, require_root};
 
 const RATE: u32 = 6000;
 const PLANTED: Duration = Duration::from_millis(1);
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn lab() -> Result<Lab> {
-    let host = |name: &str, v4: &str, v6: &str| -> Result<Host> {
-        Ok(Host { name: name.into(), addresses: vec![v4.parse()?, v6.parse()?] })
-    };
-    let lab = Lab::build(&Spec {
-        layout: Layout::Routed,
-        nodes: vec![host("node", "10.240.0.4", "fd00:240::4")?],
-        pods: vec![
-            (0, host("a", "10.241.0.2", "fd00:241::2")?),
-            (0, host("b", "10.241.0.3", "fd00:241::3")?),
-        ],
-        externals: vec![],
-    })?;
+    let pods = [("a", ["10.241.0.2", "fd00:241::2"]), ("b", ["10.241.0.3", "fd00:241::3"])];
+    let lab = Lab::build(&Spec::one_node(&pods)?)?;
     observer::prepare(lab.netns("node")?)?;
     Ok(lab)
 }

@@ -7,10 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use npm_policy::goal::Family;
 use npm_tests::lab::agent::{Agent, Settings};
-use npm_tests::lab::node::Layout;
 use npm_tests::lab::packet::{Ends, IpSender, udp};
 use npm_tests::lab::service::Dialect;
-use npm_tests::lab::{Host, Lab, Spec, require_root};
+use npm_tests::lab::{Lab, Spec, require_root};
 
 const PODS: &str = r#"
 {apiVersion: v1, kind: Pod, metadata: {name: victim, labels: {app: victim}}, spec: {nodeName: node}, status: {phase: Running, podIPs: [{ip: 10.241.0.2}, {ip: "fd00:241::2"}]}}
@@ -32,18 +31,8 @@ fn nobody_passes_for_the_pod_itself() -> Result<()> {
         return Ok(());
     }
     for dialect in Dialect::BOTH {
-        let host = |name: &str, v4: &str, v6: &str| -> Result<Host> {
-            Ok(Host { name: name.into(), addresses: vec![v4.parse()?, v6.parse()?] })
-        };
-        let lab = Lab::build(&Spec {
-            layout: Layout::Routed,
-            nodes: vec![host("node", "10.240.0.4", "fd00:240::4")?],
-            pods: vec![
-                (0, host("victim", "10.241.0.2", "fd00:241::2")?),
-                (0, host("other", "10.241.0.3", "fd00:241::3")?),
-            ],
-            externals: vec![],
-        })?;
+        let pods = [("victim", ["10.241.0.2", "fd00:241::2"]), ("other", ["10.241.0.3", "fd00:241::3"])];
+        let lab = Lab::build(&Spec::one_node(&pods)?)?;
         let directory = tempfile::tempdir()?;
         let manifests = directory.path().join("manifests");
         std::fs::create_dir(&manifests)?;

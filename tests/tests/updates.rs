@@ -22,10 +22,9 @@ use npm_policy::verdict::oracle;
 use npm_policy::world::World;
 use npm_tests::kubernetes;
 use npm_tests::lab::agent::{Agent, Settings};
-use npm_tests::lab::node::Layout;
 use npm_tests::lab::observer::{self, End, Observer, Stream, View};
 use npm_tests::lab::service::Dialect;
-use npm_tests::lab::{Host, Lab, Spec, require_root};
+use npm_tests::lab::{Lab, Spec, require_root};
 use npm_tests::random::SplitMix;
 
 #[path = "updates/world.rs"]
@@ -311,16 +310,9 @@ fn judge(stream: usize, trace: &observer::Trace, spans: &[Span]) -> Result<()> {
 }
 
 fn lab() -> Result<Lab> {
-    let host = |name: String, (v4, v6): (&str, &str)| -> Result<Host> {
-        Ok(Host { name, addresses: vec![v4.parse()?, v6.parse()?] })
-    };
-    let pods = ADDRESSES.iter().enumerate().map(|(index, pair)| Ok((0, host(format!("pod{index}"), *pair)?)));
-    let lab = Lab::build(&Spec {
-        layout: Layout::Routed,
-        nodes: vec![host(NODE.into(), ("10.240.0.4", "fd00:240::4"))?],
-        pods: pods.collect::<Result<_>>()?,
-        externals: vec![],
-    })?;
+    let names = ["pod0", "pod1", "pod2"];
+    let pods: Vec<_> = names.into_iter().zip(ADDRESSES.map(|(v4, v6)| [v4, v6])).collect();
+    let lab = Lab::build(&Spec::one_node(&pods)?)?;
     observer::prepare(lab.netns(NODE)?)?;
     Ok(lab)
 }

@@ -98,7 +98,10 @@ pub enum PodPhase {
     /// `Succeeded` or `Failed`: it sends nothing more and its address may be another's already.
     #[default]
     Ended,
-    /// Pending, Running, Unknown, also while terminating: it may send.
+    /// Its containers have not all started. With an address it counts as [`PodPhase::Active`] does (init containers run),
+    /// but tables of who can talk to whom leave it out.
+    Pending,
+    /// Running or Unknown, also while terminating: it may send.
     Active,
 }
 

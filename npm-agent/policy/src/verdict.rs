@@ -62,9 +62,9 @@ fn holder(world: &World, address: IpAddr) -> Option<&Pod> {
     let mut holder: Option<&Pod> = None;
     for pod in world.pods() {
         let takes_part = match (pod.network, pod.phase) {
-            (PodNetwork::Own, PodPhase::Active) => true,
+            (PodNetwork::Own, PodPhase::Pending | PodPhase::Active) => true,
             (PodNetwork::Own, PodPhase::Ended) => false,
-            (PodNetwork::Host, PodPhase::Active | PodPhase::Ended) => false,
+            (PodNetwork::Host, PodPhase::Ended | PodPhase::Pending | PodPhase::Active) => false,
         };
         if !takes_part || !pod.addresses.iter().any(|claimed| *claimed == address) {
             continue;

@@ -190,7 +190,8 @@ impl World {
 /// Whether the pod's addresses are its own and in use.
 fn claims_addresses(pod: &Pod) -> bool {
     match (pod.network, pod.phase) {
-        (PodNetwork::Own, PodPhase::Active) => true,
-        (PodNetwork::Host, PodPhase::Active | PodPhase::Ended) | (PodNetwork::Own, PodPhase::Ended) => false,
+        (PodNetwork::Own, PodPhase::Pending | PodPhase::Active) => true,
+        (PodNetwork::Own, PodPhase::Ended) => false,
+        (PodNetwork::Host, PodPhase::Ended | PodPhase::Pending | PodPhase::Active) => false,
     }
 }

@@ -364,8 +364,7 @@ impl Backend for Iptables {
         };
         // The kernel may take by now (a module has been loaded) what it once refused.
         if left.refusals.any_lifted(|family, rule| self.probe(family, rule)) {
-            left.states = left.wanted.clone();
-            left.refusals.forget();
+            left.want_all();
         }
         self.leave(left)
     }

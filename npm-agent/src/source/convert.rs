@@ -159,6 +159,7 @@ fn typed_pod(pod: &core::Pod, mut findings: Findings) -> Object {
         network: if on_host { PodNetwork::Host } else { PodNetwork::Own },
         phase: match status.and_then(|status| status.phase.as_deref()) {
             Some("Succeeded" | "Failed") => PodPhase::Ended,
+            Some("Pending") => PodPhase::Pending,
             Some(_) | None => PodPhase::Active,
         },
         ports: spec.map(|spec| named_ports(spec, &mut findings)).unwrap_or_default(),

@@ -10,6 +10,10 @@ use super::refusal::Refusals;
 use super::render::Rendered;
 use super::state::{Line, Name, State};
 
+/// How many sets a node may hold for both families: half of what the kernel can (65,535, IPSET_INVALID_ID), which others'
+/// sets and stand-ins of ours share. Each is made in a time that grows with their number.
+const MAX_SETS: usize = 32_768;
+
 /// What is known before an apply.
 #[derive(Clone, Debug)]
 pub(super) enum Known {
@@ -83,16 +87,25 @@ impl Left {
             ]
         });
         let people = Arc::new(people.collect());
-        let states: BTreeMap<Family, State> =
+        let wanted: BTreeMap<Family, State> =
             families.iter().map(|family| (*family, rendered.family(*family).clone())).collect();
-        Self {
-            wanted: states.clone(),
-            states,
+        let mut left = Self {
+            wanted,
+            states: BTreeMap::new(),
             people,
             refusals: Refusals::new(rendered.owners),
             spared: BTreeSet::new(),
             believed: BTreeMap::new(),
-        }
+        };
+        left.want_all();
+        left
+    }
+
+    /// Wants everything again, as far as it fits.
+    pub(super) fn want_all(&mut self) {
+        self.states.clone_from(&self.wanted);
+        self.refusals.forget();
+        self.refusals.fit(&mut self.states, MAX_SETS);
     }
 
     /// Notes that the kernel holds the whole of a family's state.

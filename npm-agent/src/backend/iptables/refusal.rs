@@ -1,5 +1,5 @@
-//! Rules that the kernel does not take (a match whose module is missing): the policy is enforced without them, which
-//! allows less than it says, and all other policies are enforced whole.
+//! Rules that the kernel does not take (a match whose module is missing, more sets than it holds): the policy is enforced
+//! without them, which allows less than it says, and all other policies are enforced whole.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -79,6 +79,44 @@ impl Refusals {
         learnt
     }
 
+    /// As long as the states name more than `limit` sets, takes all rules that name sets out of the policy that has the
+    /// most of them.
+    pub(super) fn fit(&mut self, states: &mut BTreeMap<Family, State>, limit: usize) {
+        let count =
+            |states: &BTreeMap<Family, State>| -> usize { states.values().map(|s| s.sets.len()).sum() };
+        let mut total = count(states);
+        while total > limit {
+            let mut wanted: BTreeMap<PolicyKey, BTreeSet<(Family, Name)>> = BTreeMap::new();
+            for (family, state) in &*states {
+                for (name, chain) in &state.chains {
+                    let owners = self.owners.get(name).into_iter().flatten();
+                    let sets = || chain.iter().filter(|line| self.is_allow(name, line)).flat_map(Line::sets);
+                    owners.for_each(|owner| {
+                        wanted.entry(owner.clone()).or_default().extend(sets().map(|set| (*family, set)));
+                    });
+                }
+            }
+            let widest = wanted.into_iter().max_by_key(|(_, sets)| sets.len());
+            let Some((policy, sets)) = widest.filter(|(_, sets)| !sets.is_empty()) else { return };
+            for state in states.values_mut() {
+                for (name, chain) in &mut state.chains {
+                    if self.owners.get(name).is_some_and(|owners| owners.contains(&policy)) {
+                        let is_kept = |line: &Line| line.sets().is_empty() || !self.is_allow(name, line);
+                        Arc::make_mut(chain).retain(is_kept);
+                    }
+                }
+                let referenced = state.referenced_sets();
+                state.sets.retain(|name, _| referenced.contains(name));
+            }
+            let reason = format!(
+                "its {} peer sets are left out: with them {total} sets are needed and {limit} is the most",
+                sets.len()
+            );
+            self.degraded.entry(policy).or_default().insert(reason);
+            total = count(states);
+        }
+    }
+
     /// Whether leaving the rule out allows less: it allows, in a chain of a policy or of a list of ports.
     fn is_allow(&self, chain: &Name, line: &Line) -> bool {
         let target = match line {
@@ -102,5 +140,82 @@ impl Refusals {
         // Sets that only this rule named are no longer to be there.
         let referenced = desired.referenced_sets();
         desired.sets.retain(|name, _| referenced.contains(name));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use npm_policy::compile::compile;
+    use npm_policy::flow::{Decision, Flow, Transport};
+    use npm_policy::model::{
+        Block, Labels, Peer, Peers, Pod, PodKey, PodNetwork, PodPhase, Policy, Ports, Protocol, Rule,
+        Selector,
+    };
+    use npm_policy::world::{Change, World};
+
+    use super::super::interpret;
+    use super::super::render::Rendered;
+    use super::*;
+
+    /// A pod that may be reached from so many blocks, by one policy, and from one more, by another.
+    fn world(blocks: u32) -> World {
+        let block = |address: u32| {
+            Peer::Block(Block {
+                cidr: ipnet::Ipv4Net::new_assert(address.into(), 32).into(),
+                except: BTreeSet::new(),
+            })
+        };
+        let policy = |name: &str, peers: Vec<Peer>| Policy {
+            key: PolicyKey::new("x", name),
+            subjects: Selector::everything(),
+            ingress: Some(vec![Rule { peers: Peers::Only(peers), ports: Ports::Any }]),
+            egress: None,
+        };
+        let pod = Pod {
+            key: PodKey::new("x", "a"),
+            node: Some("node".into()),
+            labels: Labels::new(),
+            addresses: BTreeSet::from([[10, 0, 0, 1].into()]),
+            network: PodNetwork::Own,
+            phase: PodPhase::Active,
+            ports: BTreeSet::new(),
+            created: 0,
+        };
+        let wide = policy("wide", (0..blocks).map(|number| block(0x0b00_0000 + number)).collect());
+        let narrow = policy("narrow", vec![block(0x0c00_0000)]);
+        let mut world = World::default();
+        world.apply(Change::Pod(pod.key.clone(), Some(pod)));
+        for policy in [wide, narrow] {
+            world.apply(Change::Policy(policy.key.clone(), Some(policy)));
+        }
+        world
+    }
+
+    #[test]
+    fn who_needs_more_sets_than_there_can_be_allows_less_and_is_told_of() {
+        let rendered = Rendered::of(&compile(&world(100), "node").0);
+        let mut states =
+            BTreeMap::from([(Family::V4, rendered.v4.clone()), (Family::V6, rendered.v6.clone())]);
+        let all: usize = states.values().map(|state| state.sets.len()).sum();
+        let mut refusals = Refusals::new(rendered.owners.clone());
+        refusals.fit(&mut states, all);
+        assert_eq!((refusals.degraded(), &states[&Family::V4]), (vec![], &rendered.v4), "it fits");
+        refusals.fit(&mut states, all - 1);
+        let said = refusals.degraded();
+        let said: Vec<_> = said.iter().map(|one| (one.policy.to_string(), one.reason.as_str())).collect();
+        let reason = format!(
+            "its 100 peer sets are left out: with them {all} sets are needed and {} is the most",
+            all - 1
+        );
+        assert_eq!(said, [("x/wide".to_owned(), reason.as_str())]);
+        assert_eq!(states[&Family::V4].sets.len(), rendered.v4.sets.len() - 100);
+        for (source, expected) in [([12, 0, 0, 0], Decision::Allow), ([11, 0, 0, 5], Decision::Deny)] {
+            let transport = Transport::Port(Protocol::Tcp, 80);
+            let flow = Flow { source: source.into(), destination: [10, 0, 0, 1].into(), transport };
+            let state = &states[&Family::V4];
+            assert_eq!(interpret::decide(state, state, &flow).unwrap(), expected, "{flow}");
+        }
     }
 }

@@ -268,6 +268,12 @@ fn pods() {
         let (pod, _) = converted_pod(json!({"metadata": {"name": "a"}, "status": {"phase": phase}}));
         assert_eq!(pod.phase, PodPhase::Ended);
     }
+    for (phase, expected) in
+        [("Pending", PodPhase::Pending), ("Running", PodPhase::Active), ("Unknown", PodPhase::Active)]
+    {
+        let (pod, _) = converted_pod(json!({"metadata": {"name": "a"}, "status": {"phase": phase}}));
+        assert_eq!(pod.phase, expected);
+    }
     let (pod, _) = converted_pod(json!({"metadata": {"name": "a"}, "spec": {"hostNetwork": true}}));
     assert_eq!(pod.network, PodNetwork::Host);
 }
