@@ -281,7 +281,10 @@ impl fmt::Display for Escape {
                 write!(f, "the rule is gone that makes the kernel track {} connections", family_name(*family))
             }
             Self::Ipvs { services } => {
-                write!(f, "IPVS has {services} virtual services; their connections do not pass FORWARD")
+                write!(
+                    f,
+                    "IPVS is in use (virtual services: {services}); its connections do not pass FORWARD"
+                )
             }
             Self::Flowtable { name, offload } => {
                 let by = match offload {
@@ -291,10 +294,10 @@ impl fmt::Display for Escape {
                 write!(f, "flowtable {name} takes established connections past netfilter{by}")
             }
             Self::Zones { place, rules } => {
-                write!(f, "{rules} rules in {place} put connections into conntrack zones")
+                write!(f, "rules put connections into conntrack zones, in {place}: {rules}")
             }
             Self::NoTrack { place, rules } => {
-                write!(f, "{rules} rules in {place} keep connections from being tracked")
+                write!(f, "rules keep connections from being tracked, in {place}: {rules}")
             }
             Self::WithoutProgram { interface, reason } => {
                 write!(f, "interface {interface} has no program of ours: {reason}")
