@@ -172,6 +172,39 @@ fn a_bridge_of_others_is_seen_when_it_comes_and_concerns_no_pod() -> Result<()> 
     node.agent.terminate()
 }
 
+/// A filter sends packets from the interface where they come in straight to a pod: no FORWARD, no conntrack.
+#[test]
+fn filters_before_netfilter() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let mut node = Node::start(Layout::Routed, "200ms")?;
+    assert_eq!(node.outcomes("open", "closed")?, [Outcome::Blocked; 2]);
+    // A frame for the pod has to carry the pod's address, so the gateway of `open` takes it.
+    let shown = node.lab.netns("closed")?.exec("ip", &["-o", "link", "show", "eth0"])?;
+    let address = shown.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next());
+    let address = address.context("no link address")?;
+    node.on_node("ip", &format!("link set veth1 address {address}"))?;
+    node.lab.forget_neighbours()?;
+    node.on_node("tc", "qdisc add dev veth1 clsact")?;
+    assert_eq!(node.wait_for(&[])?.status.escapes, [], "a hook without filters does nothing");
+    node.on_node(
+        "tc",
+        "filter add dev veth1 ingress protocol ip u32 match ip dst 10.241.0.2 action mirred egress redirect dev veth0",
+    )?;
+    let report = node.wait_for(&[("ingress-filter", Effect::Unknown)])?;
+    assert!(report.ready, "{:?}", report.reasons);
+    let what = &report.status.escapes[0].what;
+    assert!(what.contains("veth1") && what.ends_with(": u32"), "{what}");
+    let outcomes = node.outcomes("open", "closed")?;
+    assert_ne!(outcomes[0], Outcome::Blocked, "the reason is real");
+    assert_eq!(outcomes[1], Outcome::Blocked, "IPv6 was left alone");
+    node.on_node("tc", "qdisc del dev veth1 clsact")?;
+    node.wait_for(&[])?;
+    assert_eq!(node.outcomes("open", "closed")?, [Outcome::Blocked; 2]);
+    node.agent.terminate()
+}
+
 /// The rule that leads to us, and makes the kernel track connections, is gone: with iptables-nft it is put back at once,
 /// though no read-back is due for an hour.
 #[test]
