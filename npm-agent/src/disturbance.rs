@@ -8,9 +8,9 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use rustix::net::netlink::NETFILTER;
-use tracing::{debug, warn};
+use tracing::warn;
 
-use crate::netlink::{Received, Socket, attributes, frames, readable, text};
+use crate::netlink::{Frame, Received, Socket, attributes, frames, readable, text};
 
 /// The multicast group of nftables (NFNLGRP_NFTABLES, linux/netfilter/nfnetlink.h).
 const NFTABLES: u32 = 1 << 6;
@@ -70,14 +70,11 @@ fn hear(socket: &mut Socket) -> io::Result<Heard> {
         // Something that matters may be among what is lost.
         Received::Overrun => Ok(Heard::Disturbance),
         Received::Datagram(bytes) => {
-            for frame in frames(bytes) {
-                let frame = frame?;
-                if concerns_us(frame.kind, frame.payload) {
-                    debug!(kind = frame.kind, "rules were changed");
-                    return Ok(Heard::Disturbance);
-                }
-            }
-            Ok(Heard::Nothing)
+            // What can't be read may concern us.
+            let concerns = |frame: io::Result<Frame<'_>>| {
+                frame.map_or(true, |frame| concerns_us(frame.kind, frame.payload))
+            };
+            Ok(if frames(bytes).any(concerns) { Heard::Disturbance } else { Heard::Nothing })
         }
     }
 }
