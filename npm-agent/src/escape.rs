@@ -12,6 +12,7 @@
 //! in one ends that one only, and our DROP holds in either.
 
 mod board;
+mod ingress;
 mod ipvs;
 mod legacy;
 mod nftables;
@@ -77,6 +78,13 @@ pub enum Escape {
         place: Place,
         /// How many.
         rules: usize,
+    },
+    /// Filters of others act on what comes in through an interface, before netfilter.
+    IngressFilter {
+        /// The interface.
+        interface: String,
+        /// The programs' names, or the filters' kinds.
+        filters: String,
     },
     /// An interface that needs the program and does not have it.
     WithoutProgram {
@@ -144,6 +152,8 @@ pub enum Subject {
     Nftables,
     /// iptables-legacy's raw tables.
     Legacy,
+    /// The filters of interfaces.
+    Filters,
 }
 
 impl fmt::Display for Subject {
@@ -155,6 +165,7 @@ impl fmt::Display for Subject {
             Self::Ipvs => "IPVS's services",
             Self::Nftables => "nftables' flowtables and rules",
             Self::Legacy => "iptables-legacy's raw tables",
+            Self::Filters => "the filters of interfaces",
         })
     }
 }
@@ -186,13 +197,14 @@ impl fmt::Display for Effect {
 
 impl Escape {
     /// Every [`Escape::name`].
-    pub const NAMES: [&'static str; 9] = [
+    pub const NAMES: [&'static str; 10] = [
         "bridged",
         "conntrack-rule-gone",
         "ipvs",
         "flowtable",
         "zones",
         "notrack",
+        "ingress-filter",
         "without-program",
         "program-before",
         "unknown",
@@ -207,6 +219,7 @@ impl Escape {
             Self::Flowtable { .. } => "flowtable",
             Self::Zones { .. } => "zones",
             Self::NoTrack { .. } => "notrack",
+            Self::IngressFilter { .. } => "ingress-filter",
             Self::WithoutProgram { .. } => "without-program",
             Self::ProgramBefore { .. } => "program-before",
             Self::Unknown { .. } => "unknown",
@@ -236,6 +249,8 @@ impl Escape {
             // The proof is looked up by a tuple, which zones make ambiguous.
             (Self::Zones { .. }, Engine::Ebpf) => Effect::Unknown,
             (Self::NoTrack { .. }, Engine::Iptables | Engine::Ebpf) => Effect::Stricter,
+            // They may redirect, or count, or mirror.
+            (Self::IngressFilter { .. }, Engine::Iptables | Engine::Ebpf) => Effect::Unknown,
             (Self::WithoutProgram { .. } | Self::ProgramBefore { .. }, Engine::Iptables) => Effect::None,
             (Self::WithoutProgram { .. }, Engine::Ebpf) => Effect::Unjudged,
             // It may end the packet's way through the programs, or not.
@@ -258,6 +273,9 @@ impl Escape {
             Self::Flowtable { .. } => "take the flowtable's rules away on nodes with policies",
             Self::Zones { .. } => "take the rules away, or have them match no pods",
             Self::NoTrack { .. } => "nothing if they match no pods (node-local DNS); else take them away",
+            Self::IngressFilter { .. } => {
+                "tc filter show dev INTERFACE ingress; nothing if they send no traffic of pods elsewhere"
+            }
             Self::WithoutProgram { .. } => "see the reason; the agent tries again",
             Self::ProgramBefore { .. } => "find out what the program does; have it run after ours",
             Self::Unknown { .. } => "see the reason; the agent tries again",
@@ -281,7 +299,10 @@ impl fmt::Display for Escape {
                 write!(f, "the rule is gone that makes the kernel track {} connections", family_name(*family))
             }
             Self::Ipvs { services } => {
-                write!(f, "IPVS has {services} virtual services; their connections do not pass FORWARD")
+                write!(
+                    f,
+                    "IPVS is in use (virtual services: {services}); its connections do not pass FORWARD"
+                )
             }
             Self::Flowtable { name, offload } => {
                 let by = match offload {
@@ -291,10 +312,16 @@ impl fmt::Display for Escape {
                 write!(f, "flowtable {name} takes established connections past netfilter{by}")
             }
             Self::Zones { place, rules } => {
-                write!(f, "{rules} rules in {place} put connections into conntrack zones")
+                write!(f, "rules put connections into conntrack zones, in {place}: {rules}")
             }
             Self::NoTrack { place, rules } => {
-                write!(f, "{rules} rules in {place} keep connections from being tracked")
+                write!(f, "rules keep connections from being tracked, in {place}: {rules}")
+            }
+            Self::IngressFilter { interface, filters } => {
+                write!(
+                    f,
+                    "filters of others act on what comes in on {interface}, before netfilter: {filters}"
+                )
             }
             Self::WithoutProgram { interface, reason } => {
                 write!(f, "interface {interface} has no program of ours: {reason}")
@@ -329,6 +356,7 @@ mod tests {
             Escape::Flowtable { name: "inet filter fast".to_owned(), offload: Offload::Hardware },
             Escape::Zones { place: place(), rules: 1 },
             Escape::NoTrack { place: Place::Legacy(Family::V6), rules: 1 },
+            Escape::IngressFilter { interface: "eth0".to_owned(), filters: "u32".to_owned() },
             Escape::WithoutProgram { interface: "eth0".to_owned(), reason: "refused".to_owned() },
             Escape::ProgramBefore { interface: "eth0".to_owned(), program: "cil_to_netdev".to_owned() },
             Escape::Unknown { subject: Subject::Nftables, reason: "not permitted".to_owned() },
@@ -354,11 +382,11 @@ mod tests {
         let effects = |engine| one_of_each().iter().map(|escape| escape.effect(engine)).collect::<Vec<_>>();
         assert_eq!(
             effects(Engine::Iptables),
-            [Unjudged, Unjudged, Unjudged, None, Stricter, Stricter, None, None, Unknown]
+            [Unjudged, Unjudged, Unjudged, None, Stricter, Stricter, Unknown, None, None, Unknown]
         );
         assert_eq!(
             effects(Engine::Ebpf),
-            [Stricter, Stricter, Unknown, Unknown, Unknown, Stricter, Unjudged, Unknown, Unknown]
+            [Stricter, Stricter, Unknown, Unknown, Unknown, Stricter, Unknown, Unjudged, Unknown, Unknown]
         );
         let nobody = Escape::Bridged { family: Family::V4, bridge: "docker0".to_owned(), pods: 0 };
         for engine in [Engine::Iptables, Engine::Ebpf] {
@@ -369,7 +397,7 @@ mod tests {
     #[test]
     fn the_board_keeps_origins_apart_and_puts_the_worst_first() {
         let board = Board::new(Engine::Ebpf).unwrap();
-        let [bridged, .., without, _, unknown] = <[Escape; 9]>::try_from(one_of_each()).unwrap();
+        let [bridged, .., without, _, unknown] = <[Escape; 10]>::try_from(one_of_each()).unwrap();
         board.replace(Origin::Node, [bridged.clone(), unknown.clone()].into());
         board.replace(Origin::Backend, [without.clone()].into());
         let known = |board: &Board| board.current().into_iter().map(|(_, escape)| escape).collect::<Vec<_>>();

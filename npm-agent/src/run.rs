@@ -22,7 +22,7 @@ use crate::reconcile::worker::{Stopped, Timing, Worker};
 use crate::reconcile::{Channels, Identity, Reconcile};
 use crate::source::manifests;
 use crate::status::server::Server;
-use crate::{lock, logging};
+use crate::{disturbance, lock, logging};
 
 /// How many messages of a source may wait: a source that is ahead of the loop waits too.
 const MAX_EVENTS: usize = 1024;
@@ -84,6 +84,9 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
     escape::start(board.clone(), settings.verify_interval, Tools::default())
         .context("starting the thread that looks for what escapes judgement")?;
     let worker = Worker::start(backend, timing).context("starting the backend's thread")?;
+    let disturbed = worker.clone();
+    disturbance::watch(move || disturbed.verify_soon())
+        .context("starting the thread that hears of changes of rules")?;
     let (events, events_end) = mpsc::channel(MAX_EVENTS);
     let (refresh, refresh_end) = mpsc::channel(1);
     let (asks, asks_end) = mpsc::channel(MAX_ASKS);

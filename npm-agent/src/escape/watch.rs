@@ -6,7 +6,7 @@ use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::survey::survey;
 use super::{Board, Escape, Origin, Subject};
@@ -61,6 +61,7 @@ impl Watch {
 
     fn look(&mut self) {
         self.board.woken();
+        let start = Instant::now();
         let mut found = BTreeSet::new();
         if let Err(error) = self.follow() {
             let reason = format!("{error}: {}", error.source);
@@ -69,6 +70,8 @@ impl Watch {
         let nothing = BTreeMap::new();
         let interfaces = self.follower.as_ref().map_or(&nothing, Follower::known);
         found.extend(survey(interfaces, &self.board.protected(), &self.tools));
+        let (reasons, duration) = (found.len(), start.elapsed());
+        debug!(reasons, ?duration, interfaces = interfaces.len(), "looked at the node");
         self.board.replace(Origin::Node, found);
     }
 

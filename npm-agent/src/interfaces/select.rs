@@ -51,7 +51,8 @@ pub enum Way {
     Bridge,
     /// Packets from a bond or its likes, judged there before.
     LowerPort,
-    /// Packets before they are wrapped. Wrapped they count as the node's own and pass.
+    /// Packets before they are wrapped. Wrapped they count as the node's own (`skb_scrub_packet`, net/core/skbuff.c, clears
+    /// where they came in) and pass.
     Tunnel,
     /// Packets that are judged again at the device below, unless they carry a VLAN's tag there.
     Upper,

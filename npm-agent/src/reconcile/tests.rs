@@ -315,6 +315,28 @@ fn drift_is_repaired_again_and_again_and_counted() {
     assert_eq!(status.applies, 1, "a failed read-back is tried again as one");
 }
 
+/// Somebody has changed something: it is looked at at once, though nothing is due for an hour, and once only.
+#[test]
+fn a_disturbance_is_looked_at_at_once() {
+    let fake = Fake::default();
+    let timing = Timing { verify_interval: Duration::from_secs(3600), backoff: Backoff::default() };
+    let worker = Worker::start(Box::new(fake.clone()), timing).unwrap();
+    // Just after an attempt (here: the start) it is taken for the attempt's own doing, so it is said until it is heard.
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while fake.verifies() == 0 && std::time::Instant::now() < deadline {
+        worker.verify_soon();
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(fake.verifies(), 1);
+    fake.drift(&["a jump is gone"]);
+    assert!(worker.wait(PATIENCE, |status| status.verifies == 1).is_some());
+    std::thread::sleep(Duration::from_millis(200));
+    worker.verify_soon();
+    let status = worker.wait(PATIENCE, |status| status.verifies == 2).unwrap();
+    assert_eq!(status.drift_repairs, 1);
+    assert_eq!(worker.stop(PATIENCE), Stopped::Idle);
+}
+
 #[test]
 fn a_stream_of_goals_does_not_put_off_the_read_back_for_ever() {
     let fake = Fake::default();

@@ -23,6 +23,12 @@ const STALE_INTERVALS: u32 = 3;
 /// But not before this: one attempt may take as long.
 const MIN_STALE: Duration = Duration::from_secs(1);
 
+/// What is heard of so soon after an attempt's end is mostly the attempt itself; the rest waits for the next read-back.
+const ECHO: Duration = Duration::from_millis(100);
+
+/// The least time between two read-backs that were asked for: others may change things all the time.
+const DISTURBED_PAUSE: Duration = Duration::from_secs(1);
+
 /// A goal and its number; a higher number is newer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
@@ -64,6 +70,10 @@ struct Shared {
 
 struct State {
     newest: Option<Target>,
+    /// Whether somebody has asked for a read-back.
+    disturbed: bool,
+    /// When the last attempt ended.
+    ended: Instant,
     life: Life,
     status: BackendStatus,
     /// When the attempt under way began.
@@ -111,6 +121,8 @@ impl Worker {
         let status = BackendStatus { name: name.to_owned(), inherited, ..BackendStatus::default() };
         let state = State {
             newest: None,
+            disturbed: false,
+            ended: Instant::now(),
             life: Life::Running,
             status,
             busy_since: None,
@@ -138,6 +150,16 @@ impl Worker {
     pub fn publish(&self, target: Target) {
         self.shared.lock().newest = Some(target);
         self.shared.changed.notify_all();
+    }
+
+    /// Asks for a read-back ahead of its time: somebody has changed something. While the backend is at work that is taken
+    /// to be its own doing.
+    pub fn verify_soon(&self) {
+        let mut state = self.shared.lock();
+        if state.busy_since.is_none() && state.ended.elapsed() > ECHO {
+            state.disturbed = true;
+            self.shared.changed.notify_all();
+        }
     }
 
     /// Whether what the kernel holds is what an earlier process enforced: nothing was applied since.
@@ -224,9 +246,14 @@ impl Thread {
             if state.life != Life::Running {
                 return Step::Stop;
             }
-            let (at, step) = self.due(state.newest.as_ref());
+            let (mut at, step) = self.due(state.newest.as_ref());
+            let is_verify = matches!(step, Step::Verify);
+            if is_verify && state.disturbed && self.failures == 0 {
+                at = at.min(self.ended + DISTURBED_PAUSE);
+            }
             let now = Instant::now();
             if at <= now {
+                state.disturbed &= !is_verify;
                 return step;
             }
             let (woken, _) =
@@ -306,7 +333,10 @@ impl Thread {
     /// Notes that an attempt has ended; gives how long it took.
     fn end_attempt(&mut self, start: Instant) -> Duration {
         self.ended = Instant::now();
-        self.shared.lock().busy_since = None;
+        let mut state = self.shared.lock();
+        state.busy_since = None;
+        state.ended = self.ended;
+        drop(state);
         self.ended - start
     }
 

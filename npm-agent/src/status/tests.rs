@@ -8,13 +8,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use npm_policy::goal::Family;
 use npm_policy::model::Selector;
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 
 use super::client::{ClientError, WaitError};
+use super::report::{EscapeStatus, Report};
 use super::server::{Server, ServerError};
 use super::*;
+use crate::escape::{Engine, Escape, Place, Subject};
 use crate::reconcile::fake::{Agent, Fake, IN_SYNC, PATIENCE, QUICK, namespace, pod, policy};
 use crate::reconcile::worker::Timing;
 use crate::reconcile::{Ask, Freshness};
@@ -172,6 +175,26 @@ fn a_read_back_that_hangs_is_not_ready() {
     }
     fake.release();
     assert_eq!(until_ready(true).reasons, Vec::<String>::new());
+}
+
+#[test]
+fn what_escapes_judgement_matters_where_a_policy_selects_a_pod() {
+    let served = Served::start();
+    served.send(IN_SYNC);
+    let mut status = served.client().wait(PATIENCE).unwrap().status;
+    let place = || Place::Legacy(Family::V4);
+    let escapes = [
+        Escape::Ipvs { services: 1 },
+        Escape::Unknown { subject: Subject::Nftables, reason: "not permitted".to_owned() },
+        Escape::NoTrack { place: place(), rules: 1 },
+        Escape::Bridged { family: Family::V4, bridge: "docker0".to_owned(), pods: 0 },
+    ];
+    status.escapes =
+        escapes.map(|escape| EscapeStatus::from((escape.effect(Engine::Iptables), escape))).to_vec();
+    assert_eq!(Report::from(status.clone()).reasons, Vec::<String>::new());
+    status.world.local_subjects = 1;
+    let only = "not judged: IPVS is in use (virtual services: 1); its connections do not pass FORWARD";
+    assert_eq!(Report::from(status).reasons, [only]);
 }
 
 #[test]

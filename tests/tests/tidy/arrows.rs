@@ -64,7 +64,12 @@ const ARROWS: &[Arrow] = &[
         why: "the backends never meet",
     },
     Arrow {
-        within: &["npm-agent/src/escape", "npm-agent/src/interfaces", "npm-agent/src/netlink.rs"],
+        within: &[
+            "npm-agent/src/disturbance.rs",
+            "npm-agent/src/escape",
+            "npm-agent/src/interfaces",
+            "npm-agent/src/netlink.rs",
+        ],
         except: &[],
         forbidden: &["crate::backend", "crate::source", "crate::reconcile", "crate::status", "crate::config"],
         why: "it looks at the node, whatever judges there",
