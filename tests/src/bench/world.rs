@@ -2,7 +2,7 @@
 //!
 //! No two policies are alike. At least N/2 peer expressions are distinct; every eighth policy names blocks of addresses
 //! instead, in both families, with an except. Ports are single ones, ranges, several at once, named ones, and any. A pod
-//! is selected by up to 90 policies, by 91 where 10,000 policies share 110 pods.
+//! is selected by up to 90 policies, by 92 where 10,000 policies share 110 pods.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -99,8 +99,14 @@ impl BenchWorld {
         let as_described = contents.len() == policies as usize
             && distinct.len() * 2 >= policies as usize
             && goal.programs.len() == policies as usize
-            && most_on_a_pod <= MOST_ON_A_POD.max(policies.div_ceil(LOCAL_PODS));
-        ensure!(as_described, "{policies} policies: {} contents, {} peers", contents.len(), distinct.len());
+            && most_on_a_pod <= MOST_ON_A_POD.max(policies.div_ceil(LOCAL_PODS - 1));
+        ensure!(
+            as_described,
+            "{policies} policies: {} contents, {} peers, {} programs, {most_on_a_pod} on one pod",
+            contents.len(),
+            distinct.len(),
+            goal.programs.len()
+        );
         Ok(Self { world, goal, peers: distinct.len(), most_on_a_pod })
     }
 
