@@ -18,6 +18,7 @@ use npm_agent::backend::ebpf::kernel::Kernel;
 use npm_agent::backend::ebpf::lower::lower;
 use npm_agent::backend::iptables::variant::Variant;
 use npm_agent::backend::iptables::{Iptables, Options};
+use npm_agent::exec::Tools;
 use npm_policy::flow::Flow;
 use npm_policy::goal::{Family, Goal};
 use npm_tests::bench::lane::{Lane, Times, measure, median};
@@ -185,7 +186,9 @@ impl Filter {
         match self {
             Self::Nobody => {}
             Self::Iptables(variant) => {
-                let options = Options { variant: Some(variant), ..Options::default() };
+                // Ten thousand policies are restored in one piece.
+                let tools = Tools { deadline: Duration::from_secs(1800), ..Tools::default() };
+                let options = Options { variant: Some(variant), tools, ..Options::default() };
                 let make = || -> Result<Box<dyn Backend>> { Ok(Box::new(Iptables::new(options)?)) };
                 lane.enforce(make, goal)?;
             }
