@@ -147,7 +147,8 @@ impl Text {
                     function.helper_calls += 1;
                     continue;
                 }
-                let relative = i32::from_le_bytes([instruction[4], instruction[5], instruction[6], instruction[7]]);
+                let relative =
+                    i32::from_le_bytes([instruction[4], instruction[5], instruction[6], instruction[7]]);
                 let from = |base: u64| base.wrapping_add_signed((i64::from(relative) + 1) * 8);
                 let callee = match relocations.get(&offset) {
                     // A section's symbol stands for its start; a function's for itself.
@@ -170,7 +171,8 @@ impl Text {
         let (mut seen, mut calls) = (BTreeSet::new(), 0);
         while let Some(place) = left.pop() {
             if seen.insert(place) {
-                let function = self.functions.get(&place).with_context(|| format!("no function at {place:?}"))?;
+                let function =
+                    self.functions.get(&place).with_context(|| format!("no function at {place:?}"))?;
                 calls += function.helper_calls;
                 left.extend(&function.callees);
             }

@@ -38,7 +38,8 @@ fn lanes_pass_hits_and_drop_misses() -> Result<()> {
     let world = BenchWorld::make(Size { policies: 20, other_pods: 500 })?;
     let mut filtered = Lane::open("iptables", Dialect::Nft)?;
     let options = Options { variant: Some(Variant::Nft), ..Options::default() };
-    filtered.enforce(|| -> Result<Box<dyn Backend>> { Ok(Box::new(Iptables::new(options)?)) }, &world.goal)?;
+    filtered
+        .enforce(|| -> Result<Box<dyn Backend>> { Ok(Box::new(Iptables::new(options)?)) }, &world.goal)?;
     let mut lanes = [Lane::open("no policy", Dialect::Nft)?, filtered];
     // That what arrives is what should is checked batch by batch.
     let times = measure(&mut lanes, &all_flows(&world, 10, 1)?, 1, 20)?;

@@ -33,9 +33,10 @@ const HEAD: &str = "\
 ";
 
 fn text(costs: &BTreeMap<String, Cost>) -> String {
-    let lines = costs.iter().map(|(name, Cost { verified, instructions, machine_code_bytes, helper_calls })| {
-        format!("{name}: {verified}, {instructions}, {machine_code_bytes}, {helper_calls}\n")
-    });
+    let lines =
+        costs.iter().map(|(name, Cost { verified, instructions, machine_code_bytes, helper_calls })| {
+            format!("{name}: {verified}, {instructions}, {machine_code_bytes}, {helper_calls}\n")
+        });
     HEAD.to_owned() + &lines.collect::<String>()
 }
 

@@ -69,7 +69,10 @@ impl Lane {
         let mac = link.split_whitespace().skip_while(|word| *word != "link/ether").nth(1);
         let mac = mac.with_context(|| format!("no address in {link}"))?;
         for (family, hop) in NEXT_HOP {
-            node.exec("ip", &[family, "neigh", "replace", hop, "lladdr", mac, "dev", OUT, "nud", "permanent"])?;
+            node.exec(
+                "ip",
+                &[family, "neigh", "replace", hop, "lladdr", mac, "dev", OUT, "nud", "permanent"],
+            )?;
             node.exec("ip", &[family, "route", "replace", "default", "via", hop, "dev", OUT, "onlink"])?;
         }
         for family in Family::BOTH {

@@ -13,8 +13,8 @@ use npm_policy::compile::compile;
 use npm_policy::flow::{Decision, Flow, Judgement, Transport};
 use npm_policy::goal::{Family, Goal};
 use npm_policy::model::{
-    Block, Labels, NamedPort, Namespace, NamespaceScope, Operator, Peer, Peers, Pod, PodKey, PodNetwork, PodPhase,
-    Policy, PolicyKey, Port, Ports, Protocol, Requirement, Rule, Selector,
+    Block, Labels, NamedPort, Namespace, NamespaceScope, Operator, Peer, Peers, Pod, PodKey, PodNetwork,
+    PodPhase, Policy, PolicyKey, Port, Ports, Protocol, Requirement, Rule, Selector,
 };
 use npm_policy::world::{Change, World};
 
@@ -238,10 +238,7 @@ fn blocks(number: u32) -> Vec<Peer> {
     };
     let v4_last = Ipv4Addr::from(u32::from(v4.0) | 0xf);
     let v6_last = Ipv6Addr::from(u128::from(v6.0) | 0xffff << 64);
-    vec![
-        block(v4.0.into(), v4.1, v4.2, v4_last.into()),
-        block(v6.0.into(), v6.1, v6.2, v6_last.into()),
-    ]
+    vec![block(v4.0.into(), v4.1, v4.2, v4_last.into()), block(v6.0.into(), v6.1, v6.2, v6_last.into())]
 }
 
 fn ports(number: u32) -> Ports {
@@ -314,7 +311,8 @@ fn outsider(family: Family, number: u64) -> IpAddr {
 /// # Errors
 /// A kind has no flow.
 pub fn all_flows(world: &BenchWorld, count: usize, seed: u64) -> Result<BTreeMap<(Kind, Family), Vec<Flow>>> {
-    let kinds = [Kind::Hit, Kind::Miss].into_iter().flat_map(|kind| Family::BOTH.map(|family| (kind, family)));
+    let kinds =
+        [Kind::Hit, Kind::Miss].into_iter().flat_map(|kind| Family::BOTH.map(|family| (kind, family)));
     kinds
         .map(|(kind, family)| {
             let flows = world.flows(kind, family, count, seed);

@@ -92,7 +92,10 @@ fn main() -> Result<()> {
 /// What the programs cost before a packet comes.
 fn counts(rounds: u32) -> Result<()> {
     println!("\n## Programs: CPU time to load, best of {rounds} (the bar is 50 ms); counts\n");
-    println!("{:<18}{:>10}{:>12}{:>14}{:>12}{:>9}", "program", "load", "verified", "instructions", "bytes", "helpers");
+    println!(
+        "{:<18}{:>10}{:>12}{:>14}{:>12}{:>9}",
+        "program", "load", "verified", "instructions", "bytes", "helpers"
+    );
     let times = programs::load_times(rounds)?;
     for (name, cost) in programs::costs()? {
         println!(
@@ -132,7 +135,9 @@ fn memory() -> Result<()> {
 
 /// The program by itself.
 fn runs(world: &BenchWorld, flows: &BTreeMap<(Kind, Family), Vec<Flow>>, rounds: u32) -> Result<()> {
-    println!("\nverdict, both directions, ns above an empty program, hot caches (best of {rounds}; the bar is 200):");
+    println!(
+        "\nverdict, both directions, ns above an empty program, hot caches (best of {rounds}; the bar is 200):"
+    );
     let lowered = match lower(&world.goal) {
         Ok(lowered) => lowered,
         Err(error) => {
@@ -198,7 +203,11 @@ impl Filter {
 }
 
 /// New flows as packets.
-fn packets(world: &BenchWorld, flows: &BTreeMap<(Kind, Family), Vec<Flow>>, arguments: &Arguments) -> Result<()> {
+fn packets(
+    world: &BenchWorld,
+    flows: &BTreeMap<(Kind, Family), Vec<Flow>>,
+    arguments: &Arguments,
+) -> Result<()> {
     let mut lanes = Vec::new();
     for filter in Filter::ALL {
         let began = Instant::now();
