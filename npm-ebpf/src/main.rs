@@ -3,6 +3,7 @@
 //! - `observe` counts what would reach judgement, and judges nothing: it reads every packet that passes with the parser
 //!   that user space tests (npm_common::packet) and counts it by family, protocol and how far it could be read.
 //!   Whatever it sees, the packet goes on to whatever program is next.
+//! - `nothing` is what others' times are compared with.
 //! - `read_ethernet` and `read_network` say what was read of a packet's headers: tests run them.
 //! - `verdict` says what the maps say of a packet's headers. It is run by BPF_PROG_TEST_RUN and never attached: what it
 //!   returns is a code of npm_common::decide and no action.
@@ -41,6 +42,12 @@ pub fn observe(context: TcContext) -> i32 {
         count.packets += 1;
         count.bytes += u64::from(context.len());
     }
+    TC_ACT_UNSPEC
+}
+
+/// Does nothing: what a run costs without a program in it.
+#[classifier]
+pub fn nothing(_: TcContext) -> i32 {
     TC_ACT_UNSPEC
 }
 

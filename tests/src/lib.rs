@@ -1,5 +1,6 @@
 //! The lab and what the tests share.
 
+pub mod bench;
 pub mod exec;
 pub mod features;
 pub mod frames;

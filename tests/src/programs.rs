@@ -1,12 +1,15 @@
 //! The programs of the committed object, loaded into this kernel to see what they cost.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use aya::Ebpf;
 use aya::programs::SchedClassifier;
+use nix::time::{ClockId, clock_gettime};
+use object::read::elf::ElfFile64;
+use object::{Endianness, Object, ObjectSection, ObjectSymbol, RelocationTarget, SymbolKind};
 
 /// What the kernel says of a program that it has loaded (`struct bpf_prog_info`, include/uapi/linux/bpf.h).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +20,13 @@ pub struct Cost {
     pub instructions: u32,
     /// What they were compiled to.
     pub machine_code_bytes: u32,
+    /// Calls of the kernel's helpers and kfuncs in the program's text and in that of the functions that it calls, each
+    /// text counted once: not how often a packet makes them.
+    pub helper_calls: u32,
+}
+
+fn path() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../npm-ebpf/npm-ebpf.o")
 }
 
 /// The object, nothing of it loaded yet but its maps.
@@ -24,7 +34,7 @@ pub struct Cost {
 /// # Errors
 /// It is not there, or the kernel refuses a map.
 pub fn object() -> Result<Ebpf> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../npm-ebpf/npm-ebpf.o");
+    let path = path();
     Ebpf::load_file(&path).with_context(|| format!("loading {}", path.display()))
 }
 
@@ -48,6 +58,8 @@ pub fn names(ebpf: &Ebpf) -> Vec<String> {
 /// The kernel refuses one, or does not say (before Linux 5.16 it has no count of verified instructions).
 pub fn costs() -> Result<BTreeMap<String, Cost>> {
     let mut ebpf = object()?;
+    let text = std::fs::read(path()).context("reading the object")?;
+    let text = Text::of(&text)?;
     names(&ebpf)
         .into_iter()
         .map(|name| {
@@ -59,13 +71,15 @@ pub fn costs() -> Result<BTreeMap<String, Cost>> {
                 // The kernel says bytes, of 8 an instruction.
                 instructions: said.size_translated().context("no count of instructions")? / 8,
                 machine_code_bytes: said.size_jitted(),
+                helper_calls: text.helper_calls(&name)?,
             };
             Ok((name, cost))
         })
         .collect()
 }
 
-/// How long each program takes to load: the best of so many times.
+/// How much of this thread's CPU time each program takes to load, best of so many times: the verifier and the compiler
+/// work in the call, and a busy machine does not count.
 ///
 /// # Errors
 /// The kernel refuses one.
@@ -75,11 +89,94 @@ pub fn load_times(times: u32) -> Result<BTreeMap<String, Duration>> {
         let mut ebpf = object()?;
         for name in names(&ebpf) {
             let program = program(&mut ebpf, &name)?;
-            let began = Instant::now();
+            let began = cpu_time()?;
             program.load().with_context(|| format!("loading {name}"))?;
-            let took = began.elapsed();
+            let took = cpu_time()?.saturating_sub(began);
             best.entry(name).and_modify(|best: &mut Duration| *best = took.min(*best)).or_insert(took);
         }
     }
     Ok(best)
+}
+
+fn cpu_time() -> Result<Duration> {
+    Ok(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).context("asking for the time")?.into())
+}
+
+/// A function's place: its section's index and the offset in it.
+type Place = (usize, u64);
+
+/// The functions of an object, and what each calls.
+struct Text {
+    names: BTreeMap<String, Place>,
+    functions: BTreeMap<Place, Function>,
+}
+
+#[derive(Default)]
+struct Function {
+    helper_calls: u32,
+    callees: BTreeSet<Place>,
+}
+
+/// `BPF_JMP | BPF_CALL` (Documentation/bpf/standardization/instruction-set.rst).
+const CALL: u8 = 0x85;
+/// `BPF_PSEUDO_CALL`, in the source register: a call of a function of the object.
+const OWN_FUNCTION: u8 = 1;
+
+impl Text {
+    fn of(object: &[u8]) -> Result<Self> {
+        let file = ElfFile64::<Endianness>::parse(object).context("reading the object")?;
+        let (mut names, mut functions) = (BTreeMap::new(), BTreeMap::new());
+        for symbol in file.symbols().filter(|symbol| symbol.kind() == SymbolKind::Text && symbol.size() > 0) {
+            let index = symbol.section_index().context("a function in no section")?;
+            let section = file.section_by_index(index).context("a function's section")?;
+            let mut relocations = BTreeMap::new();
+            for (offset, relocation) in section.relocations() {
+                if let RelocationTarget::Symbol(to) = relocation.target() {
+                    let to = file.symbol_by_index(to).context("what a relocation is about")?;
+                    relocations.insert(offset, (to.section_index(), to.address(), to.kind()));
+                }
+            }
+            let data = section.data().context("a section's bytes")?;
+            let mut function = Function::default();
+            for offset in (symbol.address()..symbol.address() + symbol.size()).step_by(8) {
+                let instruction = data.get(offset as usize..offset as usize + 8).context("a cut function")?;
+                if instruction[0] != CALL {
+                    continue;
+                }
+                if instruction[1] >> 4 != OWN_FUNCTION {
+                    function.helper_calls += 1;
+                    continue;
+                }
+                let relative =
+                    i32::from_le_bytes([instruction[4], instruction[5], instruction[6], instruction[7]]);
+                let from = |base: u64| base.wrapping_add_signed((i64::from(relative) + 1) * 8);
+                let callee = match relocations.get(&offset) {
+                    // A section's symbol stands for its start; a function's for itself.
+                    Some((Some(section), _, SymbolKind::Section)) => (section.0, from(0)),
+                    Some((Some(section), address, _)) => (section.0, *address),
+                    Some((None, ..)) => bail!("a call of what is in no section"),
+                    None => (index.0, from(offset)),
+                };
+                function.callees.insert(callee);
+            }
+            let place = (index.0, symbol.address());
+            names.insert(symbol.name().context("a function's name")?.to_owned(), place);
+            functions.insert(place, function);
+        }
+        Ok(Self { names, functions })
+    }
+
+    fn helper_calls(&self, program: &str) -> Result<u32> {
+        let mut left = vec![*self.names.get(program).with_context(|| format!("no function {program}"))?];
+        let (mut seen, mut calls) = (BTreeSet::new(), 0);
+        while let Some(place) = left.pop() {
+            if seen.insert(place) {
+                let function =
+                    self.functions.get(&place).with_context(|| format!("no function at {place:?}"))?;
+                calls += function.helper_calls;
+                left.extend(&function.callees);
+            }
+        }
+        Ok(calls)
+    }
 }

@@ -1,5 +1,5 @@
-//! What the programs cost: instructions that the verifier walks, instructions, bytes of machine code. Counts, and no
-//! times: these depend on the machine.
+//! What the programs cost: instructions that the verifier walks, instructions, bytes of machine code, calls of helpers.
+//! Counts, and no times: these depend on the machine.
 //!
 //! `UPDATE=1` records the counts in `tests/ebpf-cost.txt`.
 #![forbid(unsafe_code)]
@@ -29,13 +29,14 @@ fn is_root() -> bool {
 
 const HEAD: &str = "\
 # Written by UPDATE=1 cargo test -p npm-tests --test ebpf_cost, as root.
-# program: instructions verified, instructions loaded, bytes of machine code
+# program: instructions verified, instructions loaded, bytes of machine code, calls of helpers in the text
 ";
 
 fn text(costs: &BTreeMap<String, Cost>) -> String {
-    let lines = costs.iter().map(|(name, Cost { verified, instructions, machine_code_bytes })| {
-        format!("{name}: {verified}, {instructions}, {machine_code_bytes}\n")
-    });
+    let lines =
+        costs.iter().map(|(name, Cost { verified, instructions, machine_code_bytes, helper_calls })| {
+            format!("{name}: {verified}, {instructions}, {machine_code_bytes}, {helper_calls}\n")
+        });
     HEAD.to_owned() + &lines.collect::<String>()
 }
 
@@ -50,10 +51,10 @@ fn recorded(path: &Path) -> Result<BTreeMap<String, Cost>> {
                 .map(str::parse)
                 .collect::<Result<_, _>>()
                 .with_context(|| line.to_owned())?;
-            let [verified, instructions, machine_code_bytes] = numbers[..] else {
-                anyhow::bail!("no three numbers in {line}")
+            let [verified, instructions, machine_code_bytes, helper_calls] = numbers[..] else {
+                anyhow::bail!("no four numbers in {line}")
             };
-            Ok((name.to_owned(), Cost { verified, instructions, machine_code_bytes }))
+            Ok((name.to_owned(), Cost { verified, instructions, machine_code_bytes, helper_calls }))
         })
         .collect()
 }
@@ -77,6 +78,7 @@ fn no_program_grows_unseen() -> Result<()> {
         for (what, is, was) in [
             ("instructions verified", cost.verified, before.verified),
             ("instructions", cost.instructions, before.instructions),
+            ("calls of helpers", cost.helper_calls, before.helper_calls),
             ("bytes of machine code", cost.machine_code_bytes, before.machine_code_bytes),
         ] {
             ensure!(

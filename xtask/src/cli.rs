@@ -46,6 +46,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Measure what a new flow costs, by backend and number of policies (needs root; docs/benchmarks.md)
+    Bench {
+        /// Arguments of the program itself: datapath --policies N... --rounds N --skip-packets
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// Delete lab network namespaces whose process is gone
     CleanLab,
 }
@@ -60,6 +66,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         Task::Test => check::run(&tree),
         Task::Demo { arguments } => demo::run(&tree, &arguments),
         Task::Mutants { arguments } => demo::mutants(&tree, &arguments),
+        Task::Bench { arguments } => demo::bench(&tree, &arguments),
         Task::Setup { ebpf } => {
             packages::install_missing(&Sink::Terminal)?;
             if ebpf {

@@ -1,4 +1,4 @@
-//! `cargo xtask demo` and `cargo xtask mutants`: build programs of the tests crate, and run them.
+//! `cargo xtask demo`, `mutants` and `bench`: build programs of the tests crate, and run them.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -40,6 +40,26 @@ pub(crate) fn mutants(tree: &Tree, arguments: &[OsString]) -> Result<ExitCode> {
         .args(["build", "--locked", "--package", "npm-tests", "--bin", "mutants"])
         .run(&Sink::Terminal)?;
     let program = tree.target.join("debug/mutants");
+    let status = Program::new(program).current_dir(&tree.root).args(arguments).status(&Sink::Terminal)?;
+    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Builds the benchmark and runs it with `arguments`.
+///
+/// # Errors
+/// When something can't be installed or built, or it can't be started. That it failed is the exit code.
+pub(crate) fn bench(tree: &Tree, arguments: &[OsString]) -> Result<ExitCode> {
+    packages::install_missing(&Sink::Terminal)?;
+    if !packages::is_root()? {
+        bail!(
+            "the benchmark makes network namespaces and needs root: sudo -E env PATH=\"$PATH\" cargo xtask bench"
+        );
+    }
+    // What is measured is the kernel's time: the dev profile serves, and is built already for the tests.
+    tree.cargo()
+        .args(["build", "--locked", "--package", "npm-tests", "--bin", "bench"])
+        .run(&Sink::Terminal)?;
+    let program = tree.target.join("debug/bench");
     let status = Program::new(program).current_dir(&tree.root).args(arguments).status(&Sink::Terminal)?;
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -1,0 +1,243 @@
+//! New flows as packets through a node's namespace, and the CPU time that they take.
+//!
+//! ```text
+//!  generator ── veth ── node (routes everything on; filters) ── veth ── sink (drops: nothing there is its own)
+//! ```
+//!
+//! Every packet opens a flow of its own. A veth hands a packet on within the sender's `send`, and the node's and the
+//! sink's work is softirq on its behalf: so the CPU time of the sending thread is the whole way of the packet. The thread
+//! stays on one CPU and runs before all ordinary ones, which else would take over softirqs of ours; what that CPU's
+//! ksoftirqd takes over is added. Of the batches the median counts. The same for every lane: lanes differ in what
+//! filters. Sending and receiving is in all figures, so ratios are smaller than what filters has to do alone.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
+use npm_agent::backend::Backend;
+use npm_policy::flow::{Flow, Transport};
+use npm_policy::goal::{Family, Goal};
+use npm_policy::model::Protocol;
+
+use super::world::Kind;
+use crate::exec;
+use crate::lab::netns::Netns;
+use crate::lab::node::Layout;
+use crate::lab::packet::{self, Ends, IpSender, Segment};
+use crate::lab::service::Dialect;
+use crate::lab::{Host, Lab, Spec};
+
+/// Where the node sends everything: to the sink, which has this address on paper only.
+const NEXT_HOP: [(&str, &str); 2] = [("-4", "169.254.9.9"), ("-6", "fe80::99")];
+/// The node's device towards the sink: the second pod's.
+const OUT: &str = "veth1";
+
+/// A node that filters, between a generator and a sink.
+pub struct Lane {
+    /// What filters, for people.
+    pub name: String,
+    lab: Lab,
+    sender: IpSender,
+    backend: Option<Box<dyn Backend>>,
+    port: u16,
+}
+
+impl Lane {
+    /// Makes the namespaces. The node tracks connections, and filters nothing.
+    ///
+    /// # Errors
+    /// The caller is not root, or a program is missing.
+    pub fn open(name: &str, dialect: Dialect) -> Result<Self> {
+        let host = |name: &str, v4: &str, v6: &str| -> Result<Host> {
+            Ok(Host { name: name.to_owned(), addresses: vec![v4.parse()?, v6.parse()?] })
+        };
+        let lab = Lab::build(&Spec {
+            layout: Layout::Routed,
+            nodes: vec![host("node", "10.240.0.4", "fd00:240::4")?],
+            pods: vec![
+                (0, host("generator", "10.250.0.1", "fd00:250::1")?),
+                (0, host("sink", "10.250.0.2", "fd00:250::2")?),
+            ],
+            externals: Vec::new(),
+        })?;
+        let node = lab.netns("node")?;
+        let link = lab.netns("sink")?.exec("ip", &["-o", "link", "show", "eth0"])?;
+        let mac = link.split_whitespace().skip_while(|word| *word != "link/ether").nth(1);
+        let mac = mac.with_context(|| format!("no address in {link}"))?;
+        for (family, hop) in NEXT_HOP {
+            node.exec(
+                "ip",
+                &[family, "neigh", "replace", hop, "lladdr", mac, "dev", OUT, "nud", "permanent"],
+            )?;
+            node.exec("ip", &[family, "route", "replace", "default", "via", hop, "dev", OUT, "onlink"])?;
+        }
+        for family in Family::BOTH {
+            // A rule about connections makes the kernel track them, as every node with Services does.
+            let rule = ["-A", "INPUT", "-m", "conntrack", "--ctstate", "INVALID", "-j", "ACCEPT"];
+            node.exec(&dialect.program(family, ""), &rule)?;
+        }
+        let sender = lab.netns("generator")?.run(IpSender::open)?;
+        Ok(Self { name: name.to_owned(), lab, sender, backend: None, port: 20_000 })
+    }
+
+    /// The node's namespace: a backend works in that of the thread that makes and calls it.
+    ///
+    /// # Errors
+    /// None: the node is there.
+    pub fn node(&self) -> Result<&Netns> {
+        self.lab.netns("node")
+    }
+
+    /// Makes the node filter.
+    ///
+    /// # Errors
+    /// The backend can't be made, or does not take the goal whole.
+    pub fn enforce(
+        &mut self,
+        make: impl FnOnce() -> Result<Box<dyn Backend>> + Send,
+        goal: &Goal,
+    ) -> Result<()> {
+        let backend = self.node()?.run(|| {
+            let mut backend = make()?;
+            let applied = backend.apply(goal)?;
+            ensure!(applied.degraded.is_empty(), "the kernel would not take all: {:?}", applied.degraded);
+            Ok(backend)
+        })?;
+        self.backend = Some(backend);
+        Ok(())
+    }
+
+    /// As many packets as `count`, each of a connection of its own, round the flows.
+    fn packets(&mut self, flows: &[Flow], count: usize) -> Result<Vec<Vec<u8>>> {
+        let packets = flows.iter().cycle().take(count).map(|flow| {
+            let Transport::Port(protocol, port) = flow.transport else { bail!("{flow} has no port") };
+            self.port = if self.port == u16::MAX { 20_000 } else { self.port + 1 };
+            let source = SocketAddr::new(flow.source, self.port);
+            let ends = Ends { source, destination: SocketAddr::new(flow.destination, port) };
+            match protocol {
+                Protocol::Tcp => packet::tcp(ends, Segment::Syn, 1),
+                Protocol::Udp => packet::udp(ends, b"new flow"),
+                Protocol::Sctp => bail!("{flow}: SCTP is not sent here"),
+            }
+        });
+        packets.collect()
+    }
+
+    /// Packets that have arrived at the sink.
+    fn arrived(&self) -> Result<u64> {
+        self.lab.netns("sink")?.run(|| {
+            // Of the thread's own namespace (proc_net(5)).
+            let text = std::fs::read_to_string("/proc/thread-self/net/dev").context("reading counters")?;
+            let line = text.lines().find_map(|line| line.trim().strip_prefix("eth0:")).context("no eth0")?;
+            let packets = line.split_whitespace().nth(1).context("no count of packets")?;
+            packets.parse().context("a count of packets")
+        })
+    }
+
+    fn forget_connections(&self) -> Result<()> {
+        self.node()?.exec("conntrack", &["-F"]).map(drop)
+    }
+}
+
+/// Sends batches from one CPU.
+pub struct Clock {
+    /// Of the kernel's thread that does this CPU's softirqs when there are too many.
+    ksoftirqd: ClockId,
+}
+
+impl Clock {
+    /// Moves the calling thread to the last CPU, before all ordinary threads. Call it on a thread made for the purpose.
+    ///
+    /// # Errors
+    /// The caller is not root.
+    pub fn start() -> Result<Self> {
+        let cpu = std::thread::available_parallelism().context("counting CPUs")?.get() - 1;
+        let mut set = CpuSet::new();
+        set.set(cpu).context("choosing a CPU")?;
+        sched_setaffinity(Pid::from_raw(0), &set).context("staying on a CPU")?;
+        exec::run_first()?;
+        let name = format!("ksoftirqd/{cpu}\n");
+        let pid = std::fs::read_dir("/proc").context("listing processes")?.find_map(|entry| {
+            let entry = entry.ok()?;
+            let pid = entry.file_name().to_str()?.parse::<i32>().ok()?;
+            (std::fs::read_to_string(entry.path().join("comm")).ok()? == name).then_some(pid)
+        });
+        let pid = Pid::from_raw(pid.with_context(|| format!("no thread {name}"))?);
+        let ksoftirqd = ClockId::pid_cpu_clock_id(pid).context("the clock of ksoftirqd")?;
+        Ok(Self { ksoftirqd })
+    }
+
+    fn now(&self) -> Result<Duration> {
+        let own = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).context("asking for the time")?;
+        let other = clock_gettime(self.ksoftirqd).context("asking for ksoftirqd's time")?;
+        Ok(Duration::from(own) + Duration::from(other))
+    }
+
+    /// The CPU time of one packet of a batch, and checks that all arrive, or none.
+    ///
+    /// # Errors
+    /// A packet can't be sent; too few or too many arrive: then the time is not that of what was asked.
+    pub fn time(&self, lane: &mut Lane, (kind, flows): (Kind, &[Flow]), count: usize) -> Result<Duration> {
+        let packets = lane.packets(flows, count)?;
+        let before = lane.arrived()?;
+        let began = self.now()?;
+        for packet in &packets {
+            lane.sender.send(packet)?;
+        }
+        let took = self.now()?.saturating_sub(began);
+        let arrived = lane.arrived()? - before;
+        // Neighbour discovery and its likes arrive too, a few.
+        let expected = match (kind, &lane.backend) {
+            (Kind::Hit, _) | (Kind::Miss, None) => count as u64,
+            (Kind::Miss, Some(_)) => 0,
+        };
+        ensure!(
+            (expected..=expected + 10).contains(&arrived),
+            "{}: {arrived} of {count} packets arrived, {expected} should",
+            lane.name
+        );
+        lane.forget_connections()?;
+        Ok(took / u32::try_from(count)?)
+    }
+}
+
+/// The median, of at least one.
+pub fn median(mut times: Vec<Duration>) -> Option<Duration> {
+    times.sort_unstable();
+    times.get(times.len() / 2).copied()
+}
+
+/// What a packet takes in each lane, by kind and family.
+pub type Times = BTreeMap<(Kind, Family), Vec<Duration>>;
+
+/// Measures all lanes in turn, so many rounds: what disturbs one disturbs the others.
+///
+/// # Errors
+/// As [`Clock::time`].
+pub fn measure(
+    lanes: &mut [Lane],
+    flows: &BTreeMap<(Kind, Family), Vec<Flow>>,
+    rounds: u32,
+    count: usize,
+) -> Result<Vec<Times>> {
+    let mut times = vec![Times::new(); lanes.len()];
+    crate::lab::netns::on_fresh_thread(|| {
+        let clock = Clock::start()?;
+        // The first round warms up: neighbours, caches.
+        for round in 0..=rounds {
+            for (class, flows) in flows {
+                for (lane, times) in lanes.iter_mut().zip(&mut times) {
+                    let time = clock.time(lane, (class.0, flows), count)?;
+                    if round > 0 {
+                        times.entry(*class).or_default().push(time);
+                    }
+                }
+            }
+        }
+        Ok(times)
+    })
+}

@@ -1,0 +1,250 @@
+//! `cargo xtask bench datapath`: what a new flow costs, by backend and number of policies. docs/benchmarks.md says how to
+//! read it.
+//!
+//! ```text
+//! cargo xtask bench datapath                          N = 1, 10, 100, 1,000, 10,000 (minutes)
+//! cargo xtask bench datapath --policies 1 100         some
+//! cargo xtask bench datapath --rounds 3 --skip-packets  the program alone
+//! ```
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use npm_agent::backend::Backend;
+use npm_agent::backend::ebpf::kernel::Kernel;
+use npm_agent::backend::ebpf::lower::lower;
+use npm_agent::backend::iptables::variant::Variant;
+use npm_agent::backend::iptables::{Iptables, Options};
+use npm_agent::exec::Tools;
+use npm_policy::flow::Flow;
+use npm_policy::goal::{Family, Goal};
+use npm_tests::bench::lane::{Lane, Times, measure, median};
+use npm_tests::bench::runs::{maps, verdict_times};
+use npm_tests::bench::world::{BenchWorld, Kind, LOCAL_PODS, NODE, Size, all_flows};
+use npm_tests::lab::service::Dialect;
+use npm_tests::programs;
+
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask bench")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// What a new flow costs, by backend and number of policies
+    Datapath(Arguments),
+}
+
+#[derive(clap::Args)]
+struct Arguments {
+    /// Numbers of policies
+    #[arg(long, num_args = 1.., default_values_t = [1, 10, 100, 1000, 10_000])]
+    policies: Vec<u32>,
+    /// Pods of other nodes
+    #[arg(long, default_value_t = 2000)]
+    other_pods: u32,
+    /// Rounds of which the median (packets) or the best (runs) counts
+    #[arg(long, default_value_t = 20)]
+    rounds: u32,
+    /// Packets a batch
+    #[arg(long, default_value_t = 300)]
+    packets: usize,
+    /// Which flows are taken
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Do not send packets
+    #[arg(long)]
+    skip_packets: bool,
+}
+
+fn main() -> Result<()> {
+    let Cli { command: Command::Datapath(arguments) } = Cli::parse();
+    println!(
+        "seed {}: node {NODE} with {LOCAL_PODS} pods, {} pods elsewhere; {} rounds",
+        arguments.seed, arguments.other_pods, arguments.rounds
+    );
+    counts(arguments.rounds)?;
+    memory()?;
+    for policies in &arguments.policies {
+        let began = Instant::now();
+        let size = Size { policies: *policies, other_pods: arguments.other_pods };
+        let world = BenchWorld::make(size)?;
+        println!(
+            "\n## {policies} policies: {} peers, {} on one pod (made in {:.1} s)",
+            world.peers,
+            world.most_on_a_pod,
+            began.elapsed().as_secs_f64()
+        );
+        let flows = all_flows(&world, 64, arguments.seed)?;
+        runs(&world, &flows, arguments.rounds)?;
+        if !arguments.skip_packets {
+            packets(&world, &flows, &arguments)?;
+        }
+    }
+    Ok(())
+}
+
+/// What the programs cost before a packet comes.
+fn counts(rounds: u32) -> Result<()> {
+    println!("\n## Programs: CPU time to load, best of {rounds} (the bar is 50 ms); counts\n");
+    println!(
+        "{:<18}{:>10}{:>12}{:>14}{:>12}{:>9}",
+        "program", "load", "verified", "instructions", "bytes", "helpers"
+    );
+    let times = programs::load_times(rounds)?;
+    for (name, cost) in programs::costs()? {
+        println!(
+            "{name:<18}{:>7.1} ms{:>12}{:>14}{:>12}{:>9}",
+            times[&name].as_secs_f64() * 1000.0,
+            cost.verified,
+            cost.instructions,
+            cost.machine_code_bytes,
+            cost.helper_calls
+        );
+    }
+    Ok(())
+}
+
+/// What the maps take for a large cluster.
+fn memory() -> Result<()> {
+    let size = Size { policies: 1000, other_pods: 10_000 - LOCAL_PODS };
+    let world = BenchWorld::make(size)?;
+    let mut kernel = Kernel::load()?;
+    kernel.fill(&lower(&world.goal)?)?;
+    let mut total = 0;
+    println!("\n## Memory of the maps with 10,000 pods and 1,000 policies (the bar is 16 MiB)\n");
+    println!("{:>5}{:>6}{:>7}{:>10}{:>12}", "type", "key", "value", "entries", "KiB");
+    for map in maps()? {
+        let (key, value) = map.sizes_bytes;
+        total += map.memory_bytes;
+        println!(
+            "{:>5}{key:>6}{value:>7}{:>10}{:>12}",
+            map.map_type,
+            map.max_entries,
+            map.memory_bytes.div_ceil(1024)
+        );
+    }
+    println!("total: {:.1} MiB", total as f64 / f64::from(1 << 20));
+    Ok(())
+}
+
+/// The program by itself.
+fn runs(world: &BenchWorld, flows: &BTreeMap<(Kind, Family), Vec<Flow>>, rounds: u32) -> Result<()> {
+    println!(
+        "\nverdict, both directions, ns above an empty program, hot caches (best of {rounds}; the bar is 200):"
+    );
+    let lowered = match lower(&world.goal) {
+        Ok(lowered) => lowered,
+        Err(error) => {
+            println!("  not measured: {error}");
+            return Ok(());
+        }
+    };
+    let mut kernel = Kernel::load()?;
+    kernel.fill(&lowered).context("filling the maps")?;
+    for ((kind, family), flows) in flows {
+        let mut times = verdict_times(&kernel, &flows[..flows.len().min(16)], rounds)?;
+        times.sort_unstable();
+        let mean = times.iter().sum::<u64>() / times.len() as u64;
+        println!(
+            "  {kind:?} {family:?}: mean {mean}, from {} to {} ({} flows)",
+            times[0],
+            times[times.len() - 1],
+            times.len()
+        );
+    }
+    Ok(())
+}
+
+/// Who filters in a lane.
+#[derive(Clone, Copy)]
+enum Filter {
+    Nobody,
+    Iptables(Variant),
+}
+
+impl Filter {
+    const ALL: [Self; 3] = [Self::Nobody, Self::Iptables(Variant::Nft), Self::Iptables(Variant::Legacy)];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Nobody => "no policy",
+            Self::Iptables(Variant::Nft) => "iptables (nft)",
+            Self::Iptables(Variant::Legacy) => "iptables (legacy)",
+        }
+    }
+
+    fn dialect(self) -> Dialect {
+        match self {
+            Self::Nobody | Self::Iptables(Variant::Nft) => Dialect::Nft,
+            Self::Iptables(Variant::Legacy) => Dialect::Legacy,
+        }
+    }
+
+    fn lane(self, goal: &Goal) -> Result<Lane> {
+        let mut lane = Lane::open(self.name(), self.dialect())?;
+        match self {
+            Self::Nobody => {}
+            Self::Iptables(variant) => {
+                // Ten thousand policies are restored in one piece.
+                let tools = Tools { deadline: Duration::from_secs(1800), ..Tools::default() };
+                let options = Options { variant: Some(variant), tools, ..Options::default() };
+                let make = || -> Result<Box<dyn Backend>> { Ok(Box::new(Iptables::new(options)?)) };
+                lane.enforce(make, goal)?;
+            }
+        }
+        Ok(lane)
+    }
+}
+
+/// New flows as packets.
+fn packets(
+    world: &BenchWorld,
+    flows: &BTreeMap<(Kind, Family), Vec<Flow>>,
+    arguments: &Arguments,
+) -> Result<()> {
+    let mut lanes = Vec::new();
+    for filter in Filter::ALL {
+        let began = Instant::now();
+        match filter.lane(&world.goal) {
+            Ok(lane) => {
+                println!("  {} set up in {:.1} s", filter.name(), began.elapsed().as_secs_f64());
+                lanes.push(lane);
+            }
+            Err(error) => println!("  {} not measured: {error:#}", filter.name()),
+        }
+    }
+    let times = measure(&mut lanes, flows, arguments.rounds, arguments.packets)?;
+    let bare = times.first().context("the lane without policies comes first")?;
+    println!(
+        "\nCPU time of a new flow through a node, us: median of {} batches of {} (least to most), times no policy",
+        arguments.rounds, arguments.packets
+    );
+    for (lane, times) in lanes.iter().zip(&times) {
+        println!("  {}", lane.name);
+        for class in times.keys() {
+            println!("    {:?} {:?}: {}", class.0, class.1, line(times, bare, *class)?);
+        }
+    }
+    Ok(())
+}
+
+fn line(times: &Times, bare: &Times, class: (Kind, Family)) -> Result<String> {
+    let micros = |time: Duration| time.as_secs_f64() * 1e6;
+    let of = |times: &Times| median(times.get(&class).cloned().unwrap_or_default()).context("no batch");
+    let (is, without) = (of(times)?, of(bare)?);
+    let least = times[&class].iter().min().copied().unwrap_or(is);
+    let most = times[&class].iter().max().copied().unwrap_or(is);
+    Ok(format!(
+        "{:.2} ({:.2} to {:.2}), {:.2} x",
+        micros(is),
+        micros(least),
+        micros(most),
+        is.as_secs_f64() / without.as_secs_f64()
+    ))
+}

@@ -1,0 +1,48 @@
+//! The benchmark in small: its world is as described, and its lanes let through and drop what the policies say. Times
+//! are `cargo xtask bench`'s; here they are not looked at.
+#![forbid(unsafe_code)]
+
+use anyhow::{Result, ensure};
+use npm_agent::backend::Backend;
+use npm_agent::backend::ebpf::lower::{Lowered, lower};
+use npm_agent::backend::iptables::variant::Variant;
+use npm_agent::backend::iptables::{Iptables, Options};
+use npm_tests::bench::lane::{Lane, measure};
+use npm_tests::bench::world::{BenchWorld, Size, all_flows};
+use npm_tests::lab::require_root;
+use npm_tests::lab::service::Dialect;
+use npm_tests::opinions::plain;
+
+/// Making it checks that no two policies are alike and that the peers are many.
+#[test]
+fn the_world_is_as_described() -> Result<()> {
+    for policies in [1, 10, 100, 1000] {
+        let size = Size { policies, other_pods: 1000 };
+        let world = BenchWorld::make(size)?;
+        ensure!(world.most_on_a_pod == policies.min(90), "{} on one pod", world.most_on_a_pod);
+        let flows = all_flows(&world, 20, 1)?;
+        ensure!(flows == all_flows(&BenchWorld::make(size)?, 20, 1)?, "another world than the first time");
+        let lowered: Lowered = lower(&world.goal)?;
+        for flow in flows.values().flatten() {
+            ensure!(plain(&world.goal.verdict(flow)) == lowered.decide(flow), "{flow}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn lanes_pass_hits_and_drop_misses() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let world = BenchWorld::make(Size { policies: 20, other_pods: 500 })?;
+    let mut filtered = Lane::open("iptables", Dialect::Nft)?;
+    let options = Options { variant: Some(Variant::Nft), ..Options::default() };
+    filtered
+        .enforce(|| -> Result<Box<dyn Backend>> { Ok(Box::new(Iptables::new(options)?)) }, &world.goal)?;
+    let mut lanes = [Lane::open("no policy", Dialect::Nft)?, filtered];
+    // That what arrives is what should is checked batch by batch.
+    let times = measure(&mut lanes, &all_flows(&world, 10, 1)?, 1, 20)?;
+    ensure!(times.iter().all(|times| times.len() == 4), "a batch is missing: {times:?}");
+    Ok(())
+}
