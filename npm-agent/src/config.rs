@@ -12,6 +12,8 @@ pub mod value;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use npm_common::mark::ProofBit;
+
 use self::duration::parse_duration;
 use self::file::{File, Notice};
 use self::value::{BackendKind, ChainPlacement, IptablesVariant, LogFormat, LogLevel, SourceKind};
@@ -88,6 +90,12 @@ pub struct Flags {
     #[arg(long, env = "NPM_IPTABLES_VARIANT", value_name = "VARIANT")]
     pub iptables_variant: Option<IptablesVariant>,
 
+    /// The bit of connection marks that says "judged and allowed": 0x1000000
+    ///
+    /// One bit, as a hexadecimal or decimal number, which nothing else on the node may write. [default: 0x1000000]
+    #[arg(long, env = "NPM_PROOF_BIT", value_name = "BIT", value_parser = value::parse_proof_bit)]
+    pub proof_bit: Option<ProofBit>,
+
     /// How often to read back the kernel's state and repair what others changed
     ///
     /// A number with a unit: 500ms, 30s, 5m, 1h; at least 100ms. [default: 30s]
@@ -124,6 +132,8 @@ pub struct Settings {
     pub iptables_variant: IptablesVariant,
     /// Where the jump to our chains stands.
     pub placement: ChainPlacement,
+    /// The bit of connection marks that is the proof of an allowed connection.
+    pub proof: ProofBit,
     /// The time between two read-backs.
     pub verify_interval: Duration,
     /// Which log records to write.
@@ -203,6 +213,7 @@ impl Settings {
             instance,
             iptables_variant: flags.iptables_variant.or(file.iptables_variant).unwrap_or_default(),
             placement: file.placement.unwrap_or_default(),
+            proof: flags.proof_bit.or(file.proof).unwrap_or_default(),
             verify_interval: flags
                 .verify_interval
                 .or(file.verify_interval)

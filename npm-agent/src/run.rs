@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use npm_common::mark::ProofBit;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -65,7 +66,7 @@ fn announce(settings: &Settings) {
 
 fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
     let backend = match settings.backend {
-        BackendKind::Iptables => iptables(settings.iptables_variant, settings.placement)?,
+        BackendKind::Iptables => iptables(settings.iptables_variant, settings.placement, settings.proof)?,
     };
     // From here on signals end the agent in order.
     let _context = runtime.enter();
@@ -124,10 +125,14 @@ fn known_differences(settings: &Settings) -> Vec<String> {
 /// # Errors
 /// The kernel or its tools lack what is needed.
 pub(crate) fn backend_for_cleanup() -> anyhow::Result<Box<dyn Backend>> {
-    iptables(IptablesVariant::default(), ChainPlacement::default())
+    iptables(IptablesVariant::default(), ChainPlacement::default(), ProofBit::DEFAULT)
 }
 
-fn iptables(variant: IptablesVariant, placement: ChainPlacement) -> anyhow::Result<Box<dyn Backend>> {
+fn iptables(
+    variant: IptablesVariant,
+    placement: ChainPlacement,
+    proof: ProofBit,
+) -> anyhow::Result<Box<dyn Backend>> {
     let variant = match variant {
         IptablesVariant::Auto => None,
         IptablesVariant::Nft => Some(Variant::Nft),
@@ -137,6 +142,6 @@ fn iptables(variant: IptablesVariant, placement: ChainPlacement) -> anyhow::Resu
         ChainPlacement::First => Placement::First,
         ChainPlacement::AfterKubeServices => Placement::AfterServices,
     };
-    let options = Options { variant, placement, ..Options::default() };
+    let options = Options { variant, placement, proof, ..Options::default() };
     Ok(Box::new(Iptables::new(options).context("looking at iptables and ipset")?))
 }

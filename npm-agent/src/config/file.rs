@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use npm_common::mark::ProofBit;
 use serde_json::{Map, Value};
 
 use super::keys::{KEYS, Key, Kind, Meaning, PARENTS, Setting};
@@ -32,6 +33,8 @@ pub struct File {
     pub iptables_variant: Option<IptablesVariant>,
     /// `Toggles.PlaceAzureChainFirst`.
     pub placement: Option<ChainPlacement>,
+    /// `ProofBit`.
+    pub proof: Option<ProofBit>,
     /// `VerifyInterval`.
     pub verify_interval: Option<Duration>,
     /// `LogLevel`.
@@ -156,6 +159,7 @@ impl Reader<'_> {
             Setting::IptablesVariant => {
                 self.file.iptables_variant = Some(self.parsed(name, value, str::parse)?);
             }
+            Setting::ProofBit => self.file.proof = Some(self.parsed(name, value, value::parse_proof_bit)?),
             Setting::VerifyInterval => {
                 self.file.verify_interval = Some(self.parsed(name, value, parse_verify_interval)?);
             }

@@ -36,6 +36,7 @@ fn nothing_said_gives_the_defaults() {
         socket: "/run/npm-agent/npm-agent.sock".into(),
         iptables_variant: IptablesVariant::Auto,
         placement: ChainPlacement::First,
+        proof: ProofBit::DEFAULT,
         verify_interval: Duration::from_secs(30),
         log_level: LogLevel::Info,
         log_format: LogFormat::Auto,
@@ -62,7 +63,7 @@ fn null_is_absent() {
 #[test]
 fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
     let text = r#"{"Backend": "iptables", "Source": "manifests", "Manifests": "dir", "Node": "n1", "Instance": "i1",
-        "Socket": "s1", "IptablesVariant": "nft", "VerifyInterval": "5s", "LogLevel": "Debug", "LogFormat": "json",
+        "Socket": "s1", "IptablesVariant": "nft", "ProofBit": "0x20", "VerifyInterval": "5s", "LogLevel": "Debug", "LogFormat": "json",
         "Toggles": {"PlaceAzureChainFirst": true}}"#;
     let settings = Settings::resolve(Flags::default(), file(text).unwrap(), None, &host()).unwrap();
     let of_file = Settings {
@@ -73,6 +74,7 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         socket: "s1".into(),
         iptables_variant: IptablesVariant::Nft,
         placement: ChainPlacement::First,
+        proof: ProofBit::new(0x20).unwrap(),
         verify_interval: Duration::from_secs(5),
         log_level: LogLevel::Debug,
         log_format: LogFormat::Json,
@@ -90,6 +92,7 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         instance: Some("i2".into()),
         socket: Some("s2".into()),
         iptables_variant: Some(IptablesVariant::Legacy),
+        proof_bit: ProofBit::new(0x40),
         verify_interval: Some(Duration::from_secs(7)),
         log_level: Some(LogLevel::Trace),
         log_format: Some(LogFormat::Human),
@@ -101,6 +104,7 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         instance: "i2".into(),
         socket: "s2".into(),
         iptables_variant: IptablesVariant::Legacy,
+        proof: ProofBit::new(0x40).unwrap(),
         verify_interval: Duration::from_secs(7),
         log_level: LogLevel::Trace,
         log_format: LogFormat::Human,
@@ -213,6 +217,12 @@ fn what_cannot_be_meant_is_an_error_that_names_the_key() {
             "config file npm.json: Backend: the eBPF backend is not in this version of npm-agent; use iptables",
         ),
         (r#"{"VerifyInterval": "1ms"}"#, "config file npm.json: VerifyInterval: at least 100ms is needed"),
+        (
+            r#"{"ProofBit": "0x3000000"}"#,
+            "config file npm.json: ProofBit: \"0x3000000\" is not one bit of a connection mark, as 0x1000000; 0xe00 (ours) \
+             and 0xc000 (kube-proxy's) are taken by packet marks",
+        ),
+        (r#"{"ProofBit": 16777216}"#, "config file npm.json: ProofBit must be a string, not 16777216"),
         (r#"{"Socket": ""}"#, "config file npm.json: Socket: an empty path"),
         (
             r#"{"Node": "a", "node": "b"}"#,
@@ -238,5 +248,15 @@ fn every_key_is_known_by_one_name() {
             "{} is there twice",
             key.name
         );
+    }
+}
+
+#[test]
+fn a_proof_bit_is_one_bit_that_means_nothing_else() {
+    for (text, mask) in [("0x1000000", 0x0100_0000), ("0X80", 0x80), ("1", 1), ("2147483648", 1 << 31)] {
+        assert_eq!(value::parse_proof_bit(text).map(ProofBit::mask), Ok(mask), "{text}");
+    }
+    for text in ["", "0", "0x0", "3", "0x200", "0x4000", "0x8000", "0x100000000", "1000000h", "-1", "0x"] {
+        assert!(value::parse_proof_bit(text).is_err(), "{text}");
     }
 }

@@ -32,6 +32,8 @@ pub struct Packet {
     pub icmpv6_type: Option<u8>,
     /// The packet mark.
     pub mark: u32,
+    /// The mark of its connection.
+    pub connection_mark: u32,
     /// Conntrack's opinion.
     pub state: CtState,
     /// Whether a Service's address was translated to the destination.
@@ -62,6 +64,7 @@ impl Packet {
             port,
             icmpv6_type: (protocol == ICMPV6).then_some(ECHO_REQUEST),
             mark: 0,
+            connection_mark: 0,
             state: CtState::New,
             translation: Translation::Destination,
         }
@@ -230,6 +233,15 @@ impl Walk<'_> {
             Target::Return => Ok(Step::Leave),
             Target::SetMark(Mark { value, mask }) => {
                 packet.mark = (packet.mark & !mask) ^ value;
+                Ok(Step::Next)
+            }
+            Target::SetConnmark(Mark { value, mask }) => {
+                match packet.state {
+                    CtState::Invalid | CtState::Untracked => {}
+                    CtState::New | CtState::Related | CtState::Established | CtState::Translated => {
+                        packet.connection_mark = (packet.connection_mark & !mask) ^ value;
+                    }
+                }
                 Ok(Step::Next)
             }
             Target::Jump(callee) => self.chain(callee, packet, trace, depth + 1),

@@ -1,5 +1,6 @@
 //! Rules that the kernel does not take (a match whose module is missing): the policy is enforced without them, which
-//! allows less than it says, and all other policies are enforced whole.
+//! allows less than it says, and all other policies are enforced whole. Without the target that leaves the proof in
+//! connections everything is enforced, and only the proof is missing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -64,7 +65,7 @@ impl Refusals {
                 }
             }
         }
-        let mut learnt = false;
+        let mut learnt = self.learn_proof(family, desired, &probe);
         for (like, lines) in kinds {
             if probe(&Line::Rule(like.clone())) {
                 continue;
@@ -79,6 +80,40 @@ impl Refusals {
         learnt
     }
 
+    /// Takes the rules that write connection marks out of `desired`, if `probe` finds them refused: they decide nothing.
+    fn learn_proof(&mut self, family: Family, desired: &mut State, probe: impl Fn(&Line) -> bool) -> bool {
+        let proof = |line: &Line| match line {
+            Line::Rule(rule) => match rule.target {
+                Target::SetConnmark(_) => Some(rule.clone()),
+                Target::Accept
+                | Target::Drop
+                | Target::Return
+                | Target::SetMark(_)
+                | Target::Jump(_)
+                | Target::Goto(_) => None,
+            },
+            Line::Unreadable(_) => None,
+        };
+        let mut rules: BTreeSet<Rule> =
+            desired.chains.values().flat_map(|chain| chain.iter().filter_map(proof)).collect();
+        let Some(rule) = rules.pop_first() else { return false };
+        if probe(&Line::Rule(rule.clone())) {
+            return false;
+        }
+        tracing::warn!(
+            ?family,
+            rule = text::rule_text(&rule),
+            "refused: connections are not marked as allowed"
+        );
+        self.refused.insert((family, rule));
+        for chain in desired.chains.values_mut() {
+            if chain.iter().any(|line| proof(line).is_some()) {
+                Arc::make_mut(chain).retain(|line| proof(line).is_none());
+            }
+        }
+        true
+    }
+
     /// Whether leaving the rule out allows less: it allows, in a chain of a policy or of a list of ports.
     fn is_allow(&self, chain: &Name, line: &Line) -> bool {
         let target = match line {
@@ -88,7 +123,11 @@ impl Refusals {
         self.owners.contains_key(chain)
             && match target {
                 Target::Goto(_) | Target::Jump(_) => true,
-                Target::Accept | Target::Drop | Target::Return | Target::SetMark(_) => false,
+                Target::Accept
+                | Target::Drop
+                | Target::Return
+                | Target::SetMark(_)
+                | Target::SetConnmark(_) => false,
             }
     }
 

@@ -7,6 +7,9 @@
 //!                └─► -EGRESS, the same
 //! ```
 //!
+//! What is left at the end of `AZURE-NPM` was judged and allowed: its connection gets the proof, one bit of the
+//! connection mark. What is dropped loses it. Both backends set and clear the bit alike, and here no rule asks for it.
+//!
 //! We only take away: no rule accepts. An allow rule sets a mark bit and the packet goes on through the other policies
 //! and the other direction; what is left of our bits is cleared when it leaves. Whatever the bits were before, they
 //! are cleared on entry, so nobody can bring an allow along.
@@ -17,7 +20,7 @@ use std::sync::{Arc, OnceLock};
 
 use imbl::OrdSet;
 use ipnet::IpNet;
-use npm_common::mark;
+use npm_common::mark::{self, ProofBit};
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::{
     Clause, Family, Goal, Holders, Member, NamedMatch, PeerMatch, PortMatch, Program, Set as GoalSet, SetKey,
@@ -68,13 +71,18 @@ pub enum RenderedError {
 }
 
 impl Rendered {
-    /// Renders a goal.
+    /// Renders a goal, with the default bit as proof.
     pub fn of(goal: &Goal) -> Self {
+        Self::with_proof(goal, ProofBit::DEFAULT)
+    }
+
+    /// Renders a goal.
+    pub fn with_proof(goal: &Goal, proof: ProofBit) -> Self {
         let names = names::name_sets(goal.sets.keys());
         let suffixes = names::name_chains(goal.programs.keys());
         let mut owners = BTreeMap::new();
         let mut render =
-            |family| Renderer { goal, family, names: &names, suffixes: &suffixes }.state(&mut owners);
+            |family| Renderer { goal, family, proof, names: &names, suffixes: &suffixes }.state(&mut owners);
         let (v4, v6) = (render(Family::V4), render(Family::V6));
         Self { v4, v6, names, owners, read: OnceLock::new() }
     }
@@ -185,6 +193,7 @@ impl Direction {
 struct Renderer<'a> {
     goal: &'a Goal,
     family: Family,
+    proof: ProofBit,
     names: &'a BTreeMap<SetKey, SetNames>,
     suffixes: &'a BTreeMap<PolicyKey, String>,
 }
@@ -235,7 +244,13 @@ impl Renderer<'_> {
         rules.push(Rule::new(Target::Jump(layout::INGRESS.into())));
         rules.push(Rule::new(Target::Jump(layout::EGRESS.into())));
         rules.push(set_mark(0, mark::MASK));
+        rules.push(self.set_proof(self.proof.mask()));
         rules
+    }
+
+    /// Sets or clears the proof. A packet that is INVALID or UNTRACKED has no connection, and the target passes it over.
+    fn set_proof(&self, value: u32) -> Rule {
+        Rule::new(Target::SetConnmark(Mark { value, mask: self.proof.mask() }))
     }
 
     /// A pod reaches itself through a Service: only packets about to be dropped pay for finding out. Such a packet crosses
@@ -256,6 +271,7 @@ impl Renderer<'_> {
             }
         }
         rules.sort();
+        rules.push(self.set_proof(0));
         rules.push(Rule::new(Target::Drop));
         rules
     }

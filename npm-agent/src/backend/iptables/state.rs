@@ -89,7 +89,9 @@ impl Rule {
     pub fn callee(&self) -> Option<&Name> {
         match &self.target {
             Target::Jump(chain) | Target::Goto(chain) => Some(chain),
-            Target::Accept | Target::Drop | Target::Return | Target::SetMark(_) => None,
+            Target::Accept | Target::Drop | Target::Return | Target::SetMark(_) | Target::SetConnmark(_) => {
+                None
+            }
         }
     }
 }
@@ -190,6 +192,8 @@ pub enum Target {
     Return,
     /// `-j MARK --set-xmark`.
     SetMark(Mark),
+    /// `-j CONNMARK --set-xmark`: the same with the mark of the packet's connection, if it has one.
+    SetConnmark(Mark),
     /// `-j CHAIN`: its end comes back here.
     Jump(Name),
     /// `-g CHAIN`: its end goes where the end of this chain would have gone.

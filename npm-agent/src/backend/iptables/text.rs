@@ -159,6 +159,10 @@ fn parse_rule(family: Family, words: &[String]) -> Option<Rule> {
                         "--set-xmark" => Target::SetMark(parse_mark(words.next()?)?),
                         _ => return None,
                     },
+                    "CONNMARK" => match words.next()? {
+                        "--set-xmark" => Target::SetConnmark(parse_mark(words.next()?)?),
+                        _ => return None,
+                    },
                     // Targets of extensions are in capitals as well, but have options that end in None here.
                     chain => Target::Jump(chain.into()),
                 });
@@ -264,6 +268,7 @@ pub fn rule_text(rule: &Rule) -> String {
         Target::Accept => "-j ACCEPT".to_owned(),
         Target::Return => "-j RETURN".to_owned(),
         Target::SetMark(mark) => format!("-j MARK --set-xmark {}", mark_text(*mark)),
+        Target::SetConnmark(mark) => format!("-j CONNMARK --set-xmark {}", mark_text(*mark)),
         Target::Jump(chain) => format!("-j {chain}"),
         Target::Goto(chain) => format!("-g {chain}"),
     });
@@ -459,6 +464,8 @@ mod tests {
         for (family, text) in [
             (Family::V4, "-m conntrack ! --ctstate RELATED,ESTABLISHED -j AZURE-NPM"),
             (Family::V4, "-j MARK --set-xmark 0x0/0xe00"),
+            (Family::V4, "-j CONNMARK --set-xmark 0x1000000/0x1000000"),
+            (Family::V6, "-j CONNMARK --set-xmark 0x0/0x1000000"),
             (Family::V4, "-m mark --mark 0x400/0x600 -j AZURE-NPM-DENIED"),
             (Family::V4, "-s 10.0.0.1/32 -d 10.0.0.2/32 -j RETURN"),
             (Family::V4, "-p tcp -m tcp --dport 80 -g Y"),
@@ -485,6 +492,7 @@ mod tests {
             "-i eth0 -j DROP",
             "-j REJECT --reject-with icmp-port-unreachable",
             "-j MARK --or-mark 0x1",
+            "-j CONNMARK --save-mark --nfmask 0xffffffff --ctmask 0xffffffff",
             "-m set --match-set a src,src -j DROP",
             "-m set --match-set a src",
             r#"-m comment --comment "open -j DROP"#,
