@@ -16,7 +16,9 @@ use npm_common::mark::ProofBit;
 
 use self::duration::parse_duration;
 use self::file::{File, Notice};
-use self::value::{BackendKind, ChainPlacement, IptablesVariant, LogFormat, LogLevel, SourceKind};
+use self::value::{
+    BackendKind, ChainPlacement, DeniedConnections, IptablesVariant, LogFormat, LogLevel, SourceKind,
+};
 
 /// Where a config file is looked for when none is named: where Azure NPM's DaemonSet mounts its ConfigMap, then
 /// where Azure NPM itself looks (`npm/config/config.go`).
@@ -96,6 +98,13 @@ pub struct Flags {
     #[arg(long, env = "NPM_PROOF_BIT", value_name = "BIT", value_parser = value::parse_proof_bit)]
     pub proof_bit: Option<ProofBit>,
 
+    /// What becomes of established connections that policies deny by now: keep or cut
+    ///
+    /// cut: their packets are dropped, both ways, once the policies are programmed. It makes every forwarded packet
+    /// pass two more rules, and takes the bit above --proof-bit as well. [default: keep]
+    #[arg(long, env = "NPM_DENIED_CONNECTIONS", value_name = "WHAT")]
+    pub denied_connections: Option<DeniedConnections>,
+
     /// How often to read back the kernel's state and repair what others changed
     ///
     /// A number with a unit: 500ms, 30s, 5m, 1h; at least 100ms. [default: 30s]
@@ -134,6 +143,8 @@ pub struct Settings {
     pub placement: ChainPlacement,
     /// The bit of connection marks that is the proof of an allowed connection.
     pub proof: ProofBit,
+    /// What becomes of established connections that policies deny by now.
+    pub denied_connections: DeniedConnections,
     /// The time between two read-backs.
     pub verify_interval: Duration,
     /// Which log records to write.
@@ -214,6 +225,7 @@ impl Settings {
             iptables_variant: flags.iptables_variant.or(file.iptables_variant).unwrap_or_default(),
             placement: file.placement.unwrap_or_default(),
             proof: flags.proof_bit.or(file.proof).unwrap_or_default(),
+            denied_connections: flags.denied_connections.or(file.denied_connections).unwrap_or_default(),
             verify_interval: flags
                 .verify_interval
                 .or(file.verify_interval)

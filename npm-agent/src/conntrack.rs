@@ -18,7 +18,9 @@ use netlink_packet_core::NLM_F_ACK;
 use rustix::io::Errno;
 
 use self::entry::{CTA_ID, CTA_MARK, CTA_MARK_MASK};
-pub use self::entry::{DESTINATION_TRANSLATED, Detail, Entry, SEEN_REPLY, SOURCE_TRANSLATED, Tuple};
+pub use self::entry::{
+    DESTINATION_TRANSLATED, Detail, EXPECTED, Entry, SEEN_REPLY, SOURCE_TRANSLATED, Tuple,
+};
 use self::socket::{Dump, Socket};
 use self::wire::{Ask, Attributes, Header};
 
@@ -189,14 +191,7 @@ impl Conntrack {
             if lacking.is_empty() {
                 break;
             }
-            let outcomes = self.each(&lacking, |out, sequence, entry| {
-                let family = Some(entry.original.source);
-                wire::message(out, Header { ask: Ask::Change, flags: NLM_F_ACK, sequence, family }, |out| {
-                    entry.original.write(out);
-                    wire::attribute(out, CTA_MARK, &bit.to_be_bytes());
-                    wire::attribute(out, CTA_MARK_MASK, &bit.to_be_bytes());
-                });
-            })?;
+            let outcomes = self.write_marks(&lacking, bit, bit)?;
             for (entry, outcome) in lacking.iter().zip(outcomes) {
                 match outcome {
                     None => {
@@ -210,6 +205,31 @@ impl Conntrack {
             }
         }
         Ok(marked)
+    }
+
+    /// Makes the bits of `mask` in these entries' marks those of `value`, and changes no other bit. Gives how many entries
+    /// were still there. An entry that took the place of another since is taken for it.
+    ///
+    /// # Errors
+    /// The kernel did not answer as it should. What was marked stays marked.
+    pub fn set_marks(&mut self, entries: &[Entry], value: u32, mask: u32) -> Result<usize, ConntrackError> {
+        count_done(self.write_marks(entries, value, mask)?)
+    }
+
+    fn write_marks(
+        &mut self,
+        entries: &[Entry],
+        value: u32,
+        mask: u32,
+    ) -> Result<Vec<Option<Errno>>, ConntrackError> {
+        self.each(entries, |out, sequence, entry| {
+            let family = Some(entry.original.source);
+            wire::message(out, Header { ask: Ask::Change, flags: NLM_F_ACK, sequence, family }, |out| {
+                entry.original.write(out);
+                wire::attribute(out, CTA_MARK, &value.to_be_bytes());
+                wire::attribute(out, CTA_MARK_MASK, &mask.to_be_bytes());
+            });
+        })
     }
 
     /// Deletes the entry whose original direction this tuple is, whatever its mark.
@@ -264,15 +284,7 @@ impl Conntrack {
                 wire::attribute(out, CTA_ID, &entry.id.to_be_bytes());
             });
         })?;
-        let mut deleted = 0;
-        for outcome in outcomes {
-            match outcome {
-                None => deleted += 1,
-                Some(Errno::NOENT) => {}
-                Some(error) => return Err(ConntrackError::of(error)),
-            }
-        }
-        Ok(deleted)
+        count_done(outcomes)
     }
 
     /// Sends a request for each item. Requests say what is to be, so those whose answer was lost are sent again.
@@ -346,6 +358,19 @@ pub enum ConntrackError {
         #[source]
         source: std::io::Error,
     },
+}
+
+/// How many requests about entries were done; the others came too late.
+fn count_done(outcomes: Vec<Option<Errno>>) -> Result<usize, ConntrackError> {
+    let mut done = 0;
+    for outcome in outcomes {
+        match outcome {
+            None => done += 1,
+            Some(Errno::NOENT) => {}
+            Some(error) => return Err(ConntrackError::of(error)),
+        }
+    }
+    Ok(done)
 }
 
 fn is(error: &std::io::Error, errno: Errno) -> bool {

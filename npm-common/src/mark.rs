@@ -28,15 +28,22 @@ impl ProofBit {
     /// [`PROOF`].
     pub const DEFAULT: Self = Self(PROOF);
 
-    /// The bit that is set in `mask`. `None` if it is not exactly one, or one that means something in packet marks: rules
-    /// that copy connection marks to packet marks are common.
+    /// The bit that is set in `mask`. `None` if it is not exactly one, or if it or [`ProofBit::cut_mask`] means something in
+    /// packet marks: rules that copy connection marks to packet marks are common.
     pub const fn new(mask: u32) -> Option<Self> {
-        if mask.count_ones() == 1 && mask & (MASK | KUBE_PROXY) == 0 { Some(Self(mask)) } else { None }
+        let both = mask | mask.rotate_left(1);
+        if mask.count_ones() == 1 && both & (MASK | KUBE_PROXY) == 0 { Some(Self(mask)) } else { None }
     }
 
     /// The bit as a mask.
     pub const fn mask(self) -> u32 {
         self.0
+    }
+
+    /// The next higher bit, which says: this connection is cut, because policies deny it by now. Only where denied
+    /// connections are cut does anybody set it or ask for it.
+    pub const fn cut_mask(self) -> u32 {
+        self.0.rotate_left(1)
     }
 }
 

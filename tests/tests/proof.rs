@@ -1,10 +1,15 @@
 //! The proof that a connection was judged and allowed, as the iptables backend leaves it in real connections: nft and
 //! legacy, both families, with translated addresses.
 
+#[path = "proof/cut.rs"]
+mod cut;
+
 use std::net::{IpAddr, UdpSocket};
 
 use anyhow::{Context, Result, ensure};
 use npm_agent::backend::Backend;
+use npm_agent::backend::iptables::layout::Established;
+use npm_agent::backend::iptables::render::Form;
 use npm_agent::backend::iptables::variant::Variant;
 use npm_agent::backend::iptables::{Iptables, Options};
 use npm_agent::conntrack::{Conntrack, Detail, Entry};
@@ -97,12 +102,13 @@ fn address(lab: &Lab, name: &str, family: Family) -> Result<IpAddr> {
     lab.endpoints()[lab.find(name)?].address(family).context("the lab has it")
 }
 
-fn backend(lab: &Lab, dialect: Dialect) -> Result<Iptables> {
+fn backend(lab: &Lab, dialect: Dialect, established: Established) -> Result<Iptables> {
     let variant = match dialect {
         Dialect::Nft => Variant::Nft,
         Dialect::Legacy => Variant::Legacy,
     };
-    let options = Options { variant: Some(variant), ..Options::default() };
+    let form = Form { established, ..Form::default() };
+    let options = Options { variant: Some(variant), form, ..Options::default() };
     lab.netns("node-a")?.run(|| Ok(Iptables::new(options)?))
 }
 
@@ -187,7 +193,7 @@ fn what_was_allowed_carries_the_proof_and_what_was_denied_is_not_there() -> Resu
             let rule: Vec<&str> = rule.split(' ').collect();
             lab.netns("node-a")?.exec(&dialect.program(family, ""), &rule)?;
         }
-        let mut backend = backend(&lab, dialect)?;
+        let mut backend = backend(&lab, dialect, Established::Keep)?;
         lab.netns("node-a")?.run(|| Ok(backend.apply(&goal)?))?;
 
         let outcomes = lab.probe(&probes)?;
@@ -244,7 +250,7 @@ fn what_is_denied_loses_the_proof() -> Result<()> {
     let (open, closed) = (open?, closed?);
     for dialect in Dialect::BOTH {
         let lab = lab()?;
-        let mut backend = backend(&lab, dialect)?;
+        let mut backend = backend(&lab, dialect, Established::Keep)?;
         let mut apply = |goal| lab.netns("node-a")?.run(|| Ok(backend.apply(goal)?));
         for family in Family::BOTH {
             apply(&open)?;

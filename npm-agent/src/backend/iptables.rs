@@ -13,7 +13,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use npm_common::mark::ProofBit;
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::{Family, Goal};
 
@@ -21,7 +20,7 @@ use self::layout::Placement;
 use self::plan::{Other, SetOp, Step, Transaction};
 use self::readback::Sets;
 use self::refusal::Refusals;
-use self::render::Rendered;
+use self::render::{Form, Rendered};
 use self::state::{Line, Name, Rule, State, Target};
 use self::variant::Variant;
 use super::{Applied, Backend, BackendError, Removed};
@@ -53,8 +52,8 @@ pub struct Options {
     pub variant: Option<Variant>,
     /// Where in `FORWARD` our jump stands.
     pub placement: Placement,
-    /// The bit of the connection mark that allowed connections get.
-    pub proof: ProofBit,
+    /// How goals are rendered.
+    pub form: Form,
     /// How long to wait for the lock that users of iptables share. Whole seconds, one at least.
     pub lock_wait: Duration,
     /// Where `ipset`, `iptables-nft-save` and their likes are.
@@ -66,7 +65,7 @@ impl Default for Options {
         Self {
             variant: None,
             placement: Placement::First,
-            proof: ProofBit::DEFAULT,
+            form: Form::default(),
             lock_wait: Duration::from_secs(5),
             tools: Tools::default(),
         }
@@ -79,7 +78,7 @@ pub struct Iptables {
     tools: Tools,
     variant: Variant,
     placement: Placement,
-    proof: ProofBit,
+    form: Form,
     lock_wait: Duration,
     /// The families that the kernel has.
     families: Vec<Family>,
@@ -111,7 +110,7 @@ impl Iptables {
     /// # Errors
     /// The kernel or its tools lack what is needed for IPv4. Without IPv6 the backend goes on, and logs that.
     pub fn new(options: Options) -> Result<Self, BackendError> {
-        let Options { variant, placement, proof, lock_wait, tools } = options;
+        let Options { variant, placement, form, lock_wait, tools } = options;
         let variant = variant.unwrap_or_else(|| Variant::detect(&tools));
         let mut families = vec![Family::V4];
         if variant::has_ipv6()? {
@@ -125,7 +124,7 @@ impl Iptables {
             states.insert(*family, readback::state(&tools, variant, *family, &sets)?);
         }
         let last = Left::inherited(states);
-        Ok(Self { tools, variant, placement, proof, lock_wait, families, last, untold: Vec::new() })
+        Ok(Self { tools, variant, placement, form, lock_wait, families, last, untold: Vec::new() })
     }
 
     /// The iptables that is used.
@@ -417,7 +416,7 @@ impl Backend for Iptables {
     fn apply(&mut self, goal: &Goal) -> Result<Applied, BackendError> {
         let before = self.last.take();
         let spared = before.as_ref().map(|before| before.spared.clone()).unwrap_or_default();
-        let left = Left::of(Rendered::with_proof(goal, self.proof), &self.families, spared);
+        let left = Left::of(Rendered::in_form(goal, self.form), &self.families, spared);
         self.leave(left, before.as_ref())
     }
 

@@ -10,7 +10,8 @@ use serde_json::{Map, Value};
 
 use super::keys::{KEYS, Key, Kind, Meaning, PARENTS, Setting};
 use super::value::{
-    BackendKind, ChainPlacement, IptablesVariant, LogFormat, LogLevel, SourceKind, ValueError,
+    BackendKind, ChainPlacement, DeniedConnections, IptablesVariant, LogFormat, LogLevel, SourceKind,
+    ValueError,
 };
 use super::{ConfigError, parse_verify_interval, value};
 
@@ -35,6 +36,8 @@ pub struct File {
     pub placement: Option<ChainPlacement>,
     /// `ProofBit`.
     pub proof: Option<ProofBit>,
+    /// `DeniedConnections`.
+    pub denied_connections: Option<DeniedConnections>,
     /// `VerifyInterval`.
     pub verify_interval: Option<Duration>,
     /// `LogLevel`.
@@ -160,6 +163,9 @@ impl Reader<'_> {
                 self.file.iptables_variant = Some(self.parsed(name, value, str::parse)?);
             }
             Setting::ProofBit => self.file.proof = Some(self.parsed(name, value, value::parse_proof_bit)?),
+            Setting::DeniedConnections => {
+                self.file.denied_connections = Some(self.parsed(name, value, str::parse)?);
+            }
             Setting::VerifyInterval => {
                 self.file.verify_interval = Some(self.parsed(name, value, parse_verify_interval)?);
             }

@@ -58,6 +58,8 @@ pub enum Setting {
     PlaceAzureChainFirst,
     /// `--proof-bit`.
     ProofBit,
+    /// `--denied-connections`.
+    DeniedConnections,
     /// `--verify-interval`.
     VerifyInterval,
     /// `--log-level`.
@@ -79,6 +81,7 @@ impl Setting {
             Self::IptablesVariant => Some("iptables-variant"),
             Self::PlaceAzureChainFirst => None,
             Self::ProofBit => Some("proof-bit"),
+            Self::DeniedConnections => Some("denied-connections"),
             Self::VerifyInterval => Some("verify-interval"),
             Self::LogLevel => Some("log-level"),
             Self::LogFormat => Some("log-format"),
@@ -165,6 +168,7 @@ pub const KEYS: &[Key] = &[
     setting("Socket", Setting::Socket),
     setting("IptablesVariant", Setting::IptablesVariant),
     setting("ProofBit", Setting::ProofBit),
+    setting("DeniedConnections", Setting::DeniedConnections),
     setting("VerifyInterval", Setting::VerifyInterval),
     setting("LogFormat", Setting::LogFormat),
 ];

@@ -37,6 +37,7 @@ fn nothing_said_gives_the_defaults() {
         iptables_variant: IptablesVariant::Auto,
         placement: ChainPlacement::First,
         proof: ProofBit::DEFAULT,
+        denied_connections: DeniedConnections::Keep,
         verify_interval: Duration::from_secs(30),
         log_level: LogLevel::Info,
         log_format: LogFormat::Auto,
@@ -63,7 +64,7 @@ fn null_is_absent() {
 #[test]
 fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
     let text = r#"{"Backend": "iptables", "Source": "manifests", "Manifests": "dir", "Node": "n1", "Instance": "i1",
-        "Socket": "s1", "IptablesVariant": "nft", "ProofBit": "0x20", "VerifyInterval": "5s", "LogLevel": "Debug", "LogFormat": "json",
+        "Socket": "s1", "IptablesVariant": "nft", "ProofBit": "0x20", "DeniedConnections": "Cut", "VerifyInterval": "5s", "LogLevel": "Debug", "LogFormat": "json",
         "Toggles": {"PlaceAzureChainFirst": true}}"#;
     let settings = Settings::resolve(Flags::default(), file(text).unwrap(), None, &host()).unwrap();
     let of_file = Settings {
@@ -75,6 +76,7 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         iptables_variant: IptablesVariant::Nft,
         placement: ChainPlacement::First,
         proof: ProofBit::new(0x20).unwrap(),
+        denied_connections: DeniedConnections::Cut,
         verify_interval: Duration::from_secs(5),
         log_level: LogLevel::Debug,
         log_format: LogFormat::Json,
@@ -93,6 +95,7 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         socket: Some("s2".into()),
         iptables_variant: Some(IptablesVariant::Legacy),
         proof_bit: ProofBit::new(0x40),
+        denied_connections: Some(DeniedConnections::Keep),
         verify_interval: Some(Duration::from_secs(7)),
         log_level: Some(LogLevel::Trace),
         log_format: Some(LogFormat::Human),
@@ -105,6 +108,7 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         socket: "s2".into(),
         iptables_variant: IptablesVariant::Legacy,
         proof: ProofBit::new(0x40).unwrap(),
+        denied_connections: DeniedConnections::Keep,
         verify_interval: Duration::from_secs(7),
         log_level: LogLevel::Trace,
         log_format: LogFormat::Human,
@@ -256,7 +260,21 @@ fn a_proof_bit_is_one_bit_that_means_nothing_else() {
     for (text, mask) in [("0x1000000", 0x0100_0000), ("0X80", 0x80), ("1", 1), ("2147483648", 1 << 31)] {
         assert_eq!(value::parse_proof_bit(text).map(ProofBit::mask), Ok(mask), "{text}");
     }
-    for text in ["", "0", "0x0", "3", "0x200", "0x4000", "0x8000", "0x100000000", "1000000h", "-1", "0x"] {
+    for text in [
+        "",
+        "0",
+        "0x0",
+        "3",
+        "0x100",
+        "0x200",
+        "0x2000",
+        "0x4000",
+        "0x8000",
+        "0x100000000",
+        "1000000h",
+        "-1",
+        "0x",
+    ] {
         assert!(value::parse_proof_bit(text).is_err(), "{text}");
     }
 }

@@ -93,6 +93,17 @@ choice! {
 }
 
 choice! {
+    /// What becomes of established connections that policies deny by now.
+    DeniedConnections {
+        /// They live on.
+        Keep = "keep",
+        /// They are cut.
+        Cut = "cut",
+    }
+    refused {}
+}
+
+choice! {
     /// How logs look.
     LogFormat {
         /// For people on a terminal, for machines otherwise.

@@ -32,6 +32,8 @@ const CTA_PROTO_ICMPV6_ID: u16 = 7;
 const CTA_PROTO_ICMPV6_TYPE: u16 = 8;
 const CTA_PROTO_ICMPV6_CODE: u16 = 9;
 
+/// Another connection announced this one (`IPS_EXPECTED`): the data connection of FTP and its likes.
+pub const EXPECTED: u32 = 1;
 /// A reply was seen (`IPS_SEEN_REPLY`, include/uapi/linux/netfilter/nf_conntrack_common.h).
 pub const SEEN_REPLY: u32 = 1 << 1;
 /// The source was translated (`IPS_SRC_NAT`).

@@ -136,6 +136,30 @@ fn without_connection_marks_everything_is_enforced() {
     });
 }
 
+/// The kernel has no match of connection marks: the proof is written, nothing is cut, everything is enforced.
+#[test]
+fn without_the_match_of_connection_marks_nothing_is_cut() {
+    in_namespace(|variant| {
+        let stubs = without(variant, "-m connmark", "no-match");
+        let goal = rich_goal();
+        let form = Form { established: Established::Cut, ..Form::default() };
+        let mut backend = Iptables::new(Options { tools: stubs.tools(), form, ..options(variant) }).unwrap();
+        backend.apply(&goal).unwrap();
+        let wanted = Rendered::in_form(&goal, form);
+        let read = backend.read().unwrap();
+        let entry = |state: &State| state.chains["AZURE-NPM"].len();
+        assert_eq!(entry(&read[&Family::V4]), entry(&wanted.v4) - 1);
+        assert_eq!(read[&Family::V6].chains["AZURE-NPM-DENIED"], wanted.v6.chains["AZURE-NPM-DENIED"]);
+        let world = world_of(random(&world(), 3));
+        for flow in flows(&world, 60, 1) {
+            assert_eq!(backend.decide(&flow).unwrap(), goal.verdict(&flow).decision(), "{flow}");
+        }
+        stubs.lower("no-match");
+        assert_eq!(backend.verify().unwrap().drift, Vec::<String>::new());
+        assert_eq!(entry(&backend.read().unwrap()[&Family::V4]), entry(&wanted.v4));
+    });
+}
+
 fn sctp_goal() -> Goal {
     (0..)
         .map(random_goal)

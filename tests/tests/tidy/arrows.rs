@@ -64,6 +64,12 @@ const ARROWS: &[Arrow] = &[
         why: "the backends never meet",
     },
     Arrow {
+        within: &["npm-agent/src/conntrack"],
+        except: &[],
+        forbidden: &["npm_policy", "crate::backend", "crate::source", "crate::reconcile"],
+        why: "it knows connections, not who may open them",
+    },
+    Arrow {
         within: &["npm-agent/src/reconcile", "npm-agent/src/crosscheck"],
         except: &[],
         forbidden: &[
@@ -197,6 +203,7 @@ fn every_arrow_is_held() {
         ("npm-agent/src/backend/iptables/render.rs", "use super::super::ebpf::lower;"),
         ("npm-agent/src/backend/iptables.rs", "use super::ebpf;"),
         ("npm-agent/src/backend/ebpf/maps.rs", "use crate::backend::{iptables::render, Backend};"),
+        ("npm-agent/src/conntrack/entry.rs", "use npm_policy::flow::Flow;"),
         ("npm-agent/src/reconcile.rs", "use crate::backend::iptables::Iptables;"),
         ("npm-agent/src/crosscheck/count.rs", "use crate::source::kube;"),
         ("npm-agent/src/run.rs", "use k8s_openapi::api;"),

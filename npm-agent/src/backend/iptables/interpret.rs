@@ -72,6 +72,16 @@ impl Packet {
 }
 
 impl Packet {
+    /// The mark of the packet's connection, if it has one.
+    fn connection(&self) -> Option<u32> {
+        match self.state {
+            CtState::Invalid | CtState::Untracked => None,
+            CtState::New | CtState::Related | CtState::Established | CtState::Translated => {
+                Some(self.connection_mark)
+            }
+        }
+    }
+
     fn has_one_of(&self, states: &BTreeSet<CtState>) -> bool {
         let translated = match self.translation {
             Translation::None => false,
@@ -236,11 +246,8 @@ impl Walk<'_> {
                 Ok(Step::Next)
             }
             Target::SetConnmark(Mark { value, mask }) => {
-                match packet.state {
-                    CtState::Invalid | CtState::Untracked => {}
-                    CtState::New | CtState::Related | CtState::Established | CtState::Translated => {
-                        packet.connection_mark = (packet.connection_mark & !mask) ^ value;
-                    }
+                if let Some(mark) = packet.connection() {
+                    packet.connection_mark = (mark & !mask) ^ value;
                 }
                 Ok(Step::Next)
             }
@@ -262,6 +269,7 @@ impl Walk<'_> {
             icmpv6_type,
             states,
             mark,
+            connmark,
             sets,
             comment: _,
             target: _,
@@ -275,7 +283,8 @@ impl Walk<'_> {
             && states
                 .as_ref()
                 .is_none_or(|states| packet.has_one_of(&states.states) == states.sense.is_positive())
-            && mark.is_none_or(|mark| packet.mark & mark.mask == mark.value);
+            && mark.is_none_or(|mark| packet.mark & mark.mask == mark.value)
+            && connmark.is_none_or(|mark| packet.connection().is_some_and(|of| of & mark.mask == mark.value));
         if !plain {
             return Ok(false);
         }

@@ -29,7 +29,7 @@ use npm_policy::model::PolicyKey;
 use npm_policy::names::{self, SetNames};
 
 use super::interpret::{self, Uninterpretable};
-use super::layout;
+use super::layout::{self, Established};
 use super::state::{
     Chain, CtState, CtStates, Line, Mark, Name, Rule, Sense, Set, SetKind, SetMatch, Side, State, Target,
 };
@@ -71,18 +71,18 @@ pub enum RenderedError {
 }
 
 impl Rendered {
-    /// Renders a goal, with the default bit as proof.
+    /// Renders a goal in the usual form.
     pub fn of(goal: &Goal) -> Self {
-        Self::with_proof(goal, ProofBit::DEFAULT)
+        Self::in_form(goal, Form::default())
     }
 
     /// Renders a goal.
-    pub fn with_proof(goal: &Goal, proof: ProofBit) -> Self {
+    pub fn in_form(goal: &Goal, form: Form) -> Self {
         let names = names::name_sets(goal.sets.keys());
         let suffixes = names::name_chains(goal.programs.keys());
         let mut owners = BTreeMap::new();
         let mut render =
-            |family| Renderer { goal, family, proof, names: &names, suffixes: &suffixes }.state(&mut owners);
+            |family| Renderer { goal, family, form, names: &names, suffixes: &suffixes }.state(&mut owners);
         let (v4, v6) = (render(Family::V4), render(Family::V6));
         Self { v4, v6, names, owners, read: OnceLock::new() }
     }
@@ -128,6 +128,15 @@ impl Rendered {
         };
         Ok([read(Family::V4)?, read(Family::V6)?])
     }
+}
+
+/// What of the rendering is not the goal's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Form {
+    /// The bit of the connection mark that allowed connections get.
+    pub proof: ProofBit,
+    /// What becomes of established connections.
+    pub established: Established,
 }
 
 /// The two directions, which differ in names, sides and bits only.
@@ -193,7 +202,7 @@ impl Direction {
 struct Renderer<'a> {
     goal: &'a Goal,
     family: Family,
-    proof: ProofBit,
+    form: Form,
     names: &'a BTreeMap<SetKey, SetNames>,
     suffixes: &'a BTreeMap<PolicyKey, String>,
 }
@@ -213,7 +222,10 @@ enum Entry {
 
 impl Renderer<'_> {
     fn state(&self, owners: &mut BTreeMap<Name, BTreeSet<PolicyKey>>) -> State {
-        let mut state = State { forward: vec![Line::Rule(layout::jump())], ..State::empty(self.family) };
+        let mut state = State {
+            forward: vec![Line::Rule(layout::jump(self.form.established))],
+            ..State::empty(self.family)
+        };
         let mut chains: BTreeMap<Name, Vec<Rule>> = BTreeMap::from([(layout::ENTRY.into(), Vec::new())]);
         if !self.goal.programs.is_empty() {
             chains.insert(layout::ENTRY.into(), self.entry());
@@ -232,6 +244,16 @@ impl Renderer<'_> {
 
     fn entry(&self) -> Vec<Rule> {
         let mut rules = Vec::new();
+        match self.form.established {
+            Established::Keep => {}
+            Established::Cut => {
+                let cut = self.form.proof.cut_mask();
+                let connmark = Some(Mark { value: cut, mask: cut });
+                rules.push(Rule { connmark, ..Rule::new(Target::Drop) });
+                let states = Some(layout::vouched_for(Sense::Is));
+                rules.push(Rule { states, ..Rule::new(Target::Return) });
+            }
+        }
         match self.family {
             Family::V4 => {}
             Family::V6 => rules.extend(NEIGHBOUR_TYPES.map(|number| Rule {
@@ -244,13 +266,13 @@ impl Renderer<'_> {
         rules.push(Rule::new(Target::Jump(layout::INGRESS.into())));
         rules.push(Rule::new(Target::Jump(layout::EGRESS.into())));
         rules.push(set_mark(0, mark::MASK));
-        rules.push(self.set_proof(self.proof.mask()));
+        rules.push(self.set_proof(self.form.proof.mask()));
         rules
     }
 
     /// Sets or clears the proof. A packet that is INVALID or UNTRACKED has no connection, and the target passes it over.
     fn set_proof(&self, value: u32) -> Rule {
-        Rule::new(Target::SetConnmark(Mark { value, mask: self.proof.mask() }))
+        Rule::new(Target::SetConnmark(Mark { value, mask: self.form.proof.mask() }))
     }
 
     /// A pod reaches itself through a Service: only packets about to be dropped pay for finding out. Such a packet crosses
