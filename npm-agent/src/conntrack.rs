@@ -302,9 +302,8 @@ impl Conntrack {
                     Ok(outcomes) => break outcomes,
                     Err(error) => {
                         self.socket = Socket::open()?;
-                        match error {
-                            ConntrackError::Overrun if attempt < MAX_ATTEMPTS => {}
-                            error => return Err(error),
+                        if !matches!(error, ConntrackError::Overrun) || attempt >= MAX_ATTEMPTS {
+                            return Err(error);
                         }
                     }
                 }
