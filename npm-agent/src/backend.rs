@@ -1,11 +1,14 @@
 //! The seam between what must hold and how the kernel is made to hold it: one value in, one converged kernel out.
 
+pub mod cut;
 pub mod ebpf;
 pub mod iptables;
 
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::Goal;
 use npm_policy::model::PolicyKey;
+
+use crate::conntrack::ConntrackError;
 
 /// Converges one kind of kernel state to a [`Goal`].
 ///
@@ -121,6 +124,9 @@ pub enum BackendError {
         /// Which line, and what is wrong with it.
         detail: String,
     },
+    /// The kernel's table of connections could not be read or changed.
+    #[error("cannot cut connections")]
+    Connections(#[from] ConntrackError),
     /// The kernel lacks what the backend cannot do without.
     #[error("the kernel lacks {what}")]
     Unsupported {

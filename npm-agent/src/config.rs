@@ -12,9 +12,13 @@ pub mod value;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use npm_common::mark::ProofBit;
+
 use self::duration::parse_duration;
 use self::file::{File, Notice};
-use self::value::{BackendKind, ChainPlacement, IptablesVariant, LogFormat, LogLevel, SourceKind};
+use self::value::{
+    BackendKind, ChainPlacement, DeniedConnections, IptablesVariant, LogFormat, LogLevel, SourceKind,
+};
 use crate::interfaces::select::Selection;
 
 /// Where a config file is looked for when none is named: where Azure NPM's DaemonSet mounts its ConfigMap, then
@@ -100,6 +104,18 @@ pub struct Flags {
         value_parser = value::parse_interfaces
     )]
     pub exclude_interfaces: Option<Selection>,
+    /// The bit of connection marks that says "judged and allowed": 0x1000000
+    ///
+    /// One bit, as a hexadecimal or decimal number, which nothing else on the node may write. [default: 0x1000000]
+    #[arg(long, env = "NPM_PROOF_BIT", value_name = "BIT", value_parser = value::parse_proof_bit)]
+    pub proof_bit: Option<ProofBit>,
+
+    /// What becomes of established connections that policies deny by now: keep or cut
+    ///
+    /// cut: their packets are dropped, both ways, once the policies are programmed. It makes every forwarded packet
+    /// pass two more rules, and takes the bit above --proof-bit as well. [default: keep]
+    #[arg(long, env = "NPM_DENIED_CONNECTIONS", value_name = "WHAT")]
+    pub denied_connections: Option<DeniedConnections>,
 
     /// How often to read back the kernel's state and repair what others changed
     ///
@@ -139,6 +155,10 @@ pub struct Settings {
     pub placement: ChainPlacement,
     /// Which interfaces need the eBPF program.
     pub interfaces: Selection,
+    /// The bit of connection marks that is the proof of an allowed connection.
+    pub proof: ProofBit,
+    /// What becomes of established connections that policies deny by now.
+    pub denied_connections: DeniedConnections,
     /// The time between two read-backs.
     pub verify_interval: Duration,
     /// Which log records to write.
@@ -219,6 +239,8 @@ impl Settings {
             iptables_variant: flags.iptables_variant.or(file.iptables_variant).unwrap_or_default(),
             placement: file.placement.unwrap_or_default(),
             interfaces: flags.exclude_interfaces.or(file.interfaces).unwrap_or_default(),
+            proof: flags.proof_bit.or(file.proof).unwrap_or_default(),
+            denied_connections: flags.denied_connections.or(file.denied_connections).unwrap_or_default(),
             verify_interval: flags
                 .verify_interval
                 .or(file.verify_interval)

@@ -4,6 +4,7 @@
 pub mod backend;
 pub mod cli;
 pub mod config;
+pub mod conntrack;
 pub mod disturbance;
 pub mod escape;
 pub mod exec;

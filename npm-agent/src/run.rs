@@ -9,11 +9,13 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use crate::backend::Backend;
-use crate::backend::iptables::layout::Placement;
+use crate::backend::cut::Cutting;
+use crate::backend::iptables::layout::{Established, Placement};
+use crate::backend::iptables::render::Form;
 use crate::backend::iptables::variant::Variant;
 use crate::backend::iptables::{Iptables, Options};
 use crate::config::file::PLACED_BEHIND;
-use crate::config::value::{BackendKind, ChainPlacement, IptablesVariant};
+use crate::config::value::{BackendKind, ChainPlacement, DeniedConnections, IptablesVariant};
 use crate::config::{Flags, HostNames, Settings, Source};
 use crate::escape::{self, Board, Engine};
 use crate::exec::Tools;
@@ -68,7 +70,7 @@ fn announce(settings: &Settings) {
 
 fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
     let backend = match settings.backend {
-        BackendKind::Iptables => iptables(settings.iptables_variant, settings.placement)?,
+        BackendKind::Iptables => iptables_that_cuts(settings)?,
     };
     // From here on signals end the agent in order.
     let _context = runtime.enter();
@@ -137,10 +139,27 @@ fn known_differences(settings: &Settings) -> Vec<String> {
 /// # Errors
 /// The kernel or its tools lack what is needed.
 pub(crate) fn backend_for_cleanup() -> anyhow::Result<Box<dyn Backend>> {
-    iptables(IptablesVariant::default(), ChainPlacement::default())
+    Ok(Box::new(iptables(IptablesVariant::default(), ChainPlacement::default(), Form::default())?))
 }
 
-fn iptables(variant: IptablesVariant, placement: ChainPlacement) -> anyhow::Result<Box<dyn Backend>> {
+/// The backend that `settings` ask for, with what cuts connections around it if they do.
+fn iptables_that_cuts(settings: &Settings) -> anyhow::Result<Box<dyn Backend>> {
+    let established = match settings.denied_connections {
+        DeniedConnections::Keep => Established::Keep,
+        DeniedConnections::Cut => Established::Cut,
+    };
+    let form = Form { proof: settings.proof, established };
+    let backend = Box::new(iptables(settings.iptables_variant, settings.placement, form)?);
+    match settings.denied_connections {
+        DeniedConnections::Keep => Ok(backend),
+        DeniedConnections::Cut => {
+            let cutting = Cutting::new(backend, settings.proof).context("denied-connections cut")?;
+            Ok(Box::new(cutting))
+        }
+    }
+}
+
+fn iptables(variant: IptablesVariant, placement: ChainPlacement, form: Form) -> anyhow::Result<Iptables> {
     let variant = match variant {
         IptablesVariant::Auto => None,
         IptablesVariant::Nft => Some(Variant::Nft),
@@ -150,6 +169,6 @@ fn iptables(variant: IptablesVariant, placement: ChainPlacement) -> anyhow::Resu
         ChainPlacement::First => Placement::First,
         ChainPlacement::AfterKubeServices => Placement::AfterServices,
     };
-    let options = Options { variant, placement, ..Options::default() };
-    Ok(Box::new(Iptables::new(options).context("looking at iptables and ipset")?))
+    let options = Options { variant, placement, form, ..Options::default() };
+    Iptables::new(options).context("looking at iptables and ipset")
 }

@@ -6,13 +6,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
 use imbl::{OrdMap, OrdSet};
-use npm_agent::backend::iptables::layout::Placement;
-use npm_agent::backend::iptables::render::Rendered;
+use npm_agent::backend::iptables::layout::{Established, Placement};
+use npm_agent::backend::iptables::render::{Form, Rendered};
 use npm_agent::backend::iptables::state::State;
 use npm_agent::backend::iptables::variant::Variant;
 use npm_agent::backend::iptables::{Iptables, Options};
 use npm_agent::backend::{Applied, Backend, BackendError};
 use npm_agent::exec::Tools;
+use npm_common::mark::ProofBit;
 use npm_policy::compile::compile;
 use npm_policy::goal::{
     Clause, Expression, Family, Goal, Member, PeerMatch, PortMatch, Program, Set, SetKey,
@@ -194,6 +195,36 @@ fn drift_is_repaired_and_told() {
             }
             assert_eq!(read, expected(&goal), "{damage}");
             assert_eq!(backend.verify().unwrap(), Applied::default(), "after {damage}");
+        }
+    });
+}
+
+/// Where connections are cut, every packet comes to us; the setting changes in place, both ways.
+#[test]
+fn the_jump_follows_the_setting_that_cuts() {
+    in_namespace(|variant| {
+        let goal = rich_goal();
+        let proof = ProofBit::new(0x10).unwrap();
+        let cut = Form { proof, established: Established::Cut };
+        for form in [Form::default(), cut, Form::default()] {
+            let mut backend = Iptables::new(Options { form, ..options(variant) }).unwrap();
+            assert!(backend.apply(&goal).unwrap() != Applied::default(), "{form:?}");
+            let rendered = Rendered::in_form(&goal, form);
+            let mut read = backend.read().unwrap();
+            for state in read.values_mut() {
+                state.forward.retain(npm_agent::backend::iptables::layout::is_our_jump);
+            }
+            assert_eq!(read, [(Family::V4, rendered.v4), (Family::V6, rendered.v6)].into());
+            assert_eq!(backend.verify().unwrap(), Applied::default(), "{form:?}");
+            // The other setting's jump is not ours to leave there.
+            let other = match form.established {
+                Established::Keep => "-j AZURE-NPM",
+                Established::Cut => "-m conntrack ! --ctstate RELATED,ESTABLISHED -j AZURE-NPM",
+            };
+            let command = variant.command(Family::V4);
+            shell(&format!("{command} -F FORWARD; {command} -A FORWARD {other}"));
+            assert_eq!(backend.verify().unwrap().drift.len(), 1, "{form:?}");
+            assert_eq!(backend.verify().unwrap(), Applied::default(), "{form:?}");
         }
     });
 }

@@ -118,8 +118,8 @@ fn write_rules(kernel: &mut State, transaction: &Transaction) -> Result<(), Stri
             let index = kernel.forward.iter().position(|found| found == line);
             kernel.forward.remove(index.ok_or("no such rule in FORWARD")?);
         }
-        if let Some(index) = edit.insert_at {
-            kernel.forward.insert(index, Line::Rule(layout::jump()));
+        if let Some((index, jump)) = &edit.insert {
+            kernel.forward.insert(*index, Line::Rule(jump.clone()));
         }
     }
     if let Some(set) = kernel.referenced_sets().iter().find(|set| !kernel.sets.contains_key(*set)) {

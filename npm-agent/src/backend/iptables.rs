@@ -19,7 +19,7 @@ use self::layout::Placement;
 use self::left::{Belief, Known, Left};
 use self::plan::{Other, SetOp, Step, Transaction};
 use self::readback::Sets;
-use self::render::Rendered;
+use self::render::{Form, Rendered};
 use self::state::{Line, Name, Rule, State, Target};
 use self::variant::Variant;
 use super::{Applied, Backend, BackendError, Removed};
@@ -52,6 +52,8 @@ pub struct Options {
     pub variant: Option<Variant>,
     /// Where in `FORWARD` our jump stands.
     pub placement: Placement,
+    /// How goals are rendered.
+    pub form: Form,
     /// How long to wait for the lock that users of iptables share. Whole seconds, one at least.
     pub lock_wait: Duration,
     /// Where `ipset`, `iptables-nft-save` and their likes are.
@@ -63,6 +65,7 @@ impl Default for Options {
         Self {
             variant: None,
             placement: Placement::First,
+            form: Form::default(),
             lock_wait: Duration::from_secs(5),
             tools: Tools::default(),
         }
@@ -75,6 +78,7 @@ pub struct Iptables {
     tools: Tools,
     variant: Variant,
     placement: Placement,
+    form: Form,
     lock_wait: Duration,
     /// The families that the kernel has.
     families: Vec<Family>,
@@ -90,7 +94,7 @@ impl Iptables {
     /// # Errors
     /// The kernel or its tools lack what is needed for IPv4. Without IPv6 the backend goes on, and logs that.
     pub fn new(options: Options) -> Result<Self, BackendError> {
-        let Options { variant, placement, lock_wait, tools } = options;
+        let Options { variant, placement, form, lock_wait, tools } = options;
         let variant = variant.unwrap_or_else(|| Variant::detect(&tools));
         let mut families = vec![Family::V4];
         if variant::has_ipv6()? {
@@ -105,7 +109,7 @@ impl Iptables {
             others.extend(readback::leftovers(&tools, variant.other(), *family, &sets)?);
         }
         let known = Known::inherited(states, &others);
-        Ok(Self { tools, variant, placement, lock_wait, families, known, untold: Vec::new() })
+        Ok(Self { tools, variant, placement, form, lock_wait, families, known, untold: Vec::new() })
     }
 
     /// The iptables that is used.
@@ -350,7 +354,7 @@ impl Backend for Iptables {
     }
 
     fn apply(&mut self, goal: &Goal) -> Result<Applied, BackendError> {
-        let mut left = Left::of(Rendered::of(goal), &self.families);
+        let mut left = Left::of(Rendered::in_form(goal, self.form), &self.families);
         if let Known::Left(before) = std::mem::replace(&mut self.known, Known::Nothing) {
             (left.spared, left.believed) = (before.spared, before.believed);
         }

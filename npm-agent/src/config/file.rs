@@ -5,11 +5,13 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use npm_common::mark::ProofBit;
 use serde_json::{Map, Value};
 
 use super::keys::{KEYS, Key, Kind, Meaning, PARENTS, Setting};
 use super::value::{
-    BackendKind, ChainPlacement, IptablesVariant, LogFormat, LogLevel, SourceKind, ValueError,
+    BackendKind, ChainPlacement, DeniedConnections, IptablesVariant, LogFormat, LogLevel, SourceKind,
+    ValueError,
 };
 use super::{ConfigError, parse_verify_interval, value};
 use crate::interfaces::select::Selection;
@@ -35,6 +37,10 @@ pub struct File {
     pub placement: Option<ChainPlacement>,
     /// `ExcludeInterfaces`.
     pub interfaces: Option<Selection>,
+    /// `ProofBit`.
+    pub proof: Option<ProofBit>,
+    /// `DeniedConnections`.
+    pub denied_connections: Option<DeniedConnections>,
     /// `VerifyInterval`.
     pub verify_interval: Option<Duration>,
     /// `LogLevel`.
@@ -161,6 +167,10 @@ impl Reader<'_> {
             }
             Setting::ExcludeInterfaces => {
                 self.file.interfaces = Some(self.parsed(name, value, value::parse_interfaces)?);
+            }
+            Setting::ProofBit => self.file.proof = Some(self.parsed(name, value, value::parse_proof_bit)?),
+            Setting::DeniedConnections => {
+                self.file.denied_connections = Some(self.parsed(name, value, str::parse)?);
             }
             Setting::VerifyInterval => {
                 self.file.verify_interval = Some(self.parsed(name, value, parse_verify_interval)?);

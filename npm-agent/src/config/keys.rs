@@ -58,6 +58,10 @@ pub enum Setting {
     PlaceAzureChainFirst,
     /// `--exclude-interfaces`.
     ExcludeInterfaces,
+    /// `--proof-bit`.
+    ProofBit,
+    /// `--denied-connections`.
+    DeniedConnections,
     /// `--verify-interval`.
     VerifyInterval,
     /// `--log-level`.
@@ -79,6 +83,8 @@ impl Setting {
             Self::IptablesVariant => Some("iptables-variant"),
             Self::PlaceAzureChainFirst => None,
             Self::ExcludeInterfaces => Some("exclude-interfaces"),
+            Self::ProofBit => Some("proof-bit"),
+            Self::DeniedConnections => Some("denied-connections"),
             Self::VerifyInterval => Some("verify-interval"),
             Self::LogLevel => Some("log-level"),
             Self::LogFormat => Some("log-format"),
@@ -165,6 +171,8 @@ pub const KEYS: &[Key] = &[
     setting("Socket", Setting::Socket),
     setting("IptablesVariant", Setting::IptablesVariant),
     setting("ExcludeInterfaces", Setting::ExcludeInterfaces),
+    setting("ProofBit", Setting::ProofBit),
+    setting("DeniedConnections", Setting::DeniedConnections),
     setting("VerifyInterval", Setting::VerifyInterval),
     setting("LogFormat", Setting::LogFormat),
 ];

@@ -37,6 +37,8 @@ fn nothing_said_gives_the_defaults() {
         iptables_variant: IptablesVariant::Auto,
         placement: ChainPlacement::First,
         interfaces: Selection::default(),
+        proof: ProofBit::DEFAULT,
+        denied_connections: DeniedConnections::Keep,
         verify_interval: Duration::from_secs(30),
         log_level: LogLevel::Info,
         log_format: LogFormat::Auto,
@@ -63,7 +65,7 @@ fn null_is_absent() {
 #[test]
 fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
     let text = r#"{"Backend": "iptables", "Source": "manifests", "Manifests": "dir", "Node": "n1", "Instance": "i1",
-        "Socket": "s1", "IptablesVariant": "nft", "VerifyInterval": "5s", "ExcludeInterfaces": "docker*, mgmt0", "LogLevel": "Debug", "LogFormat": "json",
+        "Socket": "s1", "IptablesVariant": "nft", "VerifyInterval": "5s", "ProofBit": "0x20", "DeniedConnections": "Cut", "ExcludeInterfaces": "docker*, mgmt0", "LogLevel": "Debug", "LogFormat": "json",
         "Toggles": {"PlaceAzureChainFirst": true}}"#;
     let settings = Settings::resolve(Flags::default(), file(text).unwrap(), None, &host()).unwrap();
     let of_file = Settings {
@@ -75,6 +77,8 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         iptables_variant: IptablesVariant::Nft,
         placement: ChainPlacement::First,
         interfaces: "docker*, mgmt0".parse().unwrap(),
+        proof: ProofBit::new(0x20).unwrap(),
+        denied_connections: DeniedConnections::Cut,
         verify_interval: Duration::from_secs(5),
         log_level: LogLevel::Debug,
         log_format: LogFormat::Json,
@@ -93,6 +97,8 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         socket: Some("s2".into()),
         iptables_variant: Some(IptablesVariant::Legacy),
         exclude_interfaces: Some("br?".parse().unwrap()),
+        proof_bit: ProofBit::new(0x40),
+        denied_connections: Some(DeniedConnections::Keep),
         verify_interval: Some(Duration::from_secs(7)),
         log_level: Some(LogLevel::Trace),
         log_format: Some(LogFormat::Human),
@@ -105,6 +111,8 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         socket: "s2".into(),
         iptables_variant: IptablesVariant::Legacy,
         interfaces: "br?".parse().unwrap(),
+        proof: ProofBit::new(0x40).unwrap(),
+        denied_connections: DeniedConnections::Keep,
         verify_interval: Duration::from_secs(7),
         log_level: LogLevel::Trace,
         log_format: LogFormat::Human,
@@ -221,6 +229,12 @@ fn what_cannot_be_meant_is_an_error_that_names_the_key() {
             r#"{"ExcludeInterfaces": "eth["}"#,
             r#"config file npm.json: ExcludeInterfaces: "eth[" is no pattern of interface names: invalid range pattern"#,
         ),
+        (
+            r#"{"ProofBit": "0x3000000"}"#,
+            "config file npm.json: ProofBit: \"0x3000000\" is not one bit of a connection mark, as 0x1000000; 0xe00 (ours) \
+             and 0xc000 (kube-proxy's) are taken by packet marks",
+        ),
+        (r#"{"ProofBit": 16777216}"#, "config file npm.json: ProofBit must be a string, not 16777216"),
         (r#"{"Socket": ""}"#, "config file npm.json: Socket: an empty path"),
         (
             r#"{"Node": "a", "node": "b"}"#,
@@ -246,5 +260,29 @@ fn every_key_is_known_by_one_name() {
             "{} is there twice",
             key.name
         );
+    }
+}
+
+#[test]
+fn a_proof_bit_is_one_bit_that_means_nothing_else() {
+    for (text, mask) in [("0x1000000", 0x0100_0000), ("0X80", 0x80), ("1", 1), ("2147483648", 1 << 31)] {
+        assert_eq!(value::parse_proof_bit(text).map(ProofBit::mask), Ok(mask), "{text}");
+    }
+    for text in [
+        "",
+        "0",
+        "0x0",
+        "3",
+        "0x100",
+        "0x200",
+        "0x2000",
+        "0x4000",
+        "0x8000",
+        "0x100000000",
+        "1000000h",
+        "-1",
+        "0x",
+    ] {
+        assert!(value::parse_proof_bit(text).is_err(), "{text}");
     }
 }

@@ -5,6 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use npm_common::mark::ProofBit;
 use tracing::Level;
 
 use crate::interfaces::select::{PatternError, Selection};
@@ -94,6 +95,17 @@ choice! {
 }
 
 choice! {
+    /// What becomes of established connections that policies deny by now.
+    DeniedConnections {
+        /// They live on.
+        Keep = "keep",
+        /// They are cut.
+        Cut = "cut",
+    }
+    refused {}
+}
+
+choice! {
     /// How logs look.
     LogFormat {
         /// For people on a terminal, for machines otherwise.
@@ -167,6 +179,19 @@ pub fn parse_interfaces(text: &str) -> Result<Selection, ValueError> {
     text.parse().map_err(ValueError::Pattern)
 }
 
+/// Reads a bit of the connection mark: `0x1000000`, or `16777216`.
+///
+/// # Errors
+/// It is no number, not exactly one bit, or one that means something in packet marks.
+pub fn parse_proof_bit(text: &str) -> Result<ProofBit, ValueError> {
+    let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    let bit = parsed.ok().and_then(ProofBit::new);
+    bit.ok_or_else(|| ValueError::ProofBit { text: text.to_owned() })
+}
+
 /// Why a text is no value of a setting.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ValueError {
@@ -211,6 +236,15 @@ pub enum ValueError {
     /// No pattern of interface names.
     #[error(transparent)]
     Pattern(PatternError),
+    /// No bit that could be the proof.
+    #[error(
+        "{text:?} is not one bit of a connection mark, as 0x1000000; 0xe00 (ours) and 0xc000 (kube-proxy's) are taken \
+         by packet marks"
+    )]
+    ProofBit {
+        /// What is there.
+        text: String,
+    },
     /// An empty path.
     #[error("an empty path")]
     EmptyPath,

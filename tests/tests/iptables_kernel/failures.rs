@@ -81,26 +81,83 @@ impl Stubs {
     }
 }
 
-/// `iptables-*-restore` refuses what the kernel of another node would, while there is a file `no-sctp`.
-fn without_sctp(variant: Variant) -> Stubs {
+/// `iptables-*-restore` refuses what the kernel of another node would, while there is a file of that name.
+fn without(variant: Variant, refused: &str, flag: &str) -> Stubs {
     let stubs = Stubs::new(variant);
     for family in Family::BOTH {
         // nft says which line; legacy says COMMIT's.
         let line = match variant {
             Variant::Nft => {
-                "echo \"line $(grep -n -m1 -- '-m sctp' <<< \"$input\" | cut -d: -f1): RULE_APPEND failed\" >&2"
+                format!(
+                    "echo \"line $(grep -n -m1 -- '{refused}' <<< \"$input\" | cut -d: -f1): RULE_APPEND failed\" >&2"
+                )
             }
-            Variant::Legacy => "echo \"iptables-restore: line $(wc -l <<< \"$input\") failed\" >&2",
+            Variant::Legacy => {
+                "echo \"iptables-restore: line $(wc -l <<< \"$input\") failed\" >&2".to_owned()
+            }
         };
         let body = format!(
-            "input=$(cat)\nif [ -e {} ] && grep -q -- '-m sctp' <<< \"$input\"; then {line}; exit 4; fi\n\
+            "input=$(cat)\nif [ -e {} ] && grep -q -- '{refused}' <<< \"$input\"; then {line}; exit 4; fi\n\
              exec $real \"$@\" <<< \"$input\"",
-            stubs.path("no-sctp").display()
+            stubs.path(flag).display()
         );
         stubs.script(&variant.restore(family), &body);
     }
-    stubs.raise("no-sctp");
+    stubs.raise(flag);
     stubs
+}
+
+/// The kernel has no xt_CONNMARK: everything is enforced, and connections carry no proof until it has.
+#[test]
+fn without_connection_marks_everything_is_enforced() {
+    in_namespace(|variant| {
+        let stubs = without(variant, "-j CONNMARK", "no-connmark");
+        let goal = rich_goal();
+        let mut backend = stubs.backend(stubs.tools());
+        let applied = backend.apply(&goal).unwrap();
+        assert_eq!(applied.degraded, []);
+        let read = backend.read().unwrap();
+        for (family, state) in expected(&goal) {
+            for (name, wanted) in &state.chains {
+                let kept: Vec<_> =
+                    wanted.iter().filter(|line| !format!("{line:?}").contains("SetConnmark")).collect();
+                assert_eq!(read[&family].chains[name].iter().collect::<Vec<_>>(), kept, "{name}");
+            }
+        }
+        let world = world_of(random(&world(), 3));
+        for flow in flows(&world, 60, 1) {
+            assert_eq!(backend.decide(&flow).unwrap(), goal.verdict(&flow).decision(), "{flow}");
+        }
+        let still = backend.verify().unwrap();
+        assert_eq!((writes(&still), still.drift), ((0, 0), vec![]));
+        stubs.lower("no-connmark");
+        assert_eq!(backend.verify().unwrap().drift, Vec::<String>::new());
+        assert_holds(&backend, &goal);
+    });
+}
+
+/// The kernel has no match of connection marks: the proof is written, nothing is cut, everything is enforced.
+#[test]
+fn without_the_match_of_connection_marks_nothing_is_cut() {
+    in_namespace(|variant| {
+        let stubs = without(variant, "-m connmark", "no-match");
+        let goal = rich_goal();
+        let form = Form { established: Established::Cut, ..Form::default() };
+        let mut backend = Iptables::new(Options { tools: stubs.tools(), form, ..options(variant) }).unwrap();
+        backend.apply(&goal).unwrap();
+        let wanted = Rendered::in_form(&goal, form);
+        let read = backend.read().unwrap();
+        let entry = |state: &State| state.chains["AZURE-NPM"].len();
+        assert_eq!(entry(&read[&Family::V4]), entry(&wanted.v4) - 1);
+        assert_eq!(read[&Family::V6].chains["AZURE-NPM-DENIED"], wanted.v6.chains["AZURE-NPM-DENIED"]);
+        let world = world_of(random(&world(), 3));
+        for flow in flows(&world, 60, 1) {
+            assert_eq!(backend.decide(&flow).unwrap(), goal.verdict(&flow).decision(), "{flow}");
+        }
+        stubs.lower("no-match");
+        assert_eq!(backend.verify().unwrap().drift, Vec::<String>::new());
+        assert_eq!(entry(&backend.read().unwrap()[&Family::V4]), entry(&wanted.v4));
+    });
 }
 
 fn sctp_goal() -> Goal {
@@ -113,7 +170,7 @@ fn sctp_goal() -> Goal {
 #[test]
 fn a_rule_that_the_kernel_refuses_costs_that_rule_only() {
     in_namespace(|variant| {
-        let stubs = without_sctp(variant);
+        let stubs = without(variant, "-m sctp", "no-sctp");
         let goal = sctp_goal();
         let mut backend = stubs.backend(stubs.tools());
         let applied = backend.apply(&goal).unwrap();
@@ -180,7 +237,7 @@ fn a_family_that_fails_does_not_starve_the_other() {
 #[test]
 fn what_a_failing_apply_learns_is_told_by_the_next_success() {
     in_namespace(|variant| {
-        let stubs = without_sctp(variant);
+        let stubs = without(variant, "-m sctp", "no-sctp");
         let goal = sctp_goal();
         let mut backend = stubs.backend(stubs.tools());
         let degraded = backend.apply(&goal).unwrap().degraded;

@@ -75,6 +75,12 @@ const ARROWS: &[Arrow] = &[
         why: "it looks at the node, whatever judges there",
     },
     Arrow {
+        within: &["npm-agent/src/conntrack"],
+        except: &[],
+        forbidden: &["npm_policy", "crate::backend", "crate::source", "crate::reconcile"],
+        why: "it knows connections, not who may open them",
+    },
+    Arrow {
         within: &["npm-agent/src/reconcile", "npm-agent/src/crosscheck"],
         except: &[],
         forbidden: &[
@@ -208,6 +214,7 @@ fn every_arrow_is_held() {
         ("npm-agent/src/backend/iptables/render.rs", "use super::super::ebpf::lower;"),
         ("npm-agent/src/backend/iptables.rs", "use super::ebpf;"),
         ("npm-agent/src/backend/ebpf/maps.rs", "use crate::backend::{iptables::render, Backend};"),
+        ("npm-agent/src/conntrack/entry.rs", "use npm_policy::flow::Flow;"),
         ("npm-agent/src/reconcile.rs", "use crate::backend::iptables::Iptables;"),
         ("npm-agent/src/crosscheck/count.rs", "use crate::source::kube;"),
         ("npm-agent/src/escape/survey.rs", "use crate::backend::iptables::variant::Variant;"),

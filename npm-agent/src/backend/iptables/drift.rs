@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::layout::Placement;
 use super::plan;
-use super::state::{Line, Name, State};
+use super::state::{Line, Name, Rule, State};
 use super::text;
 
 /// More differences than this in one set or chain are counted instead of listed.
@@ -20,7 +20,7 @@ pub fn differences(
     let mut found = Vec::new();
     sets(actual, expected, people, &mut found);
     chains(actual, expected, &mut found);
-    forward(&actual.forward, placement, &mut found);
+    forward(&actual.forward, &expected.jump(), placement, &mut found);
     let family = match expected.family {
         npm_policy::goal::Family::V4 => "IPv4",
         npm_policy::goal::Family::V6 => "IPv6",
@@ -77,11 +77,11 @@ fn chains(actual: &State, expected: &State, found: &mut Vec<String>) {
     found.extend(extra.map(|(name, _)| format!("chain {name} was added")));
 }
 
-fn forward(actual: &[Line], placement: Placement, found: &mut Vec<String>) {
-    let Some(edit) = plan::forward_edit(actual, placement) else { return };
+fn forward(actual: &[Line], jump: &Rule, placement: Placement, found: &mut Vec<String>) {
+    let Some(edit) = plan::forward_edit(actual, jump, placement) else { return };
     found.push(match edit.delete.as_slice() {
         [] => "the jump in FORWARD was gone".to_owned(),
-        [line] if *line == Line::Rule(super::layout::jump()) => {
+        [line] if *line == Line::Rule(jump.clone()) => {
             "the jump in FORWARD was not in its place: something stood before it".to_owned()
         }
         [line] => format!("the jump in FORWARD was {}", text::line_text(line)),

@@ -32,6 +32,8 @@ pub struct Packet {
     pub icmpv6_type: Option<u8>,
     /// The packet mark.
     pub mark: u32,
+    /// The mark of its connection.
+    pub connection_mark: u32,
     /// Conntrack's opinion.
     pub state: CtState,
     /// Whether a Service's address was translated to the destination.
@@ -62,6 +64,7 @@ impl Packet {
             port,
             icmpv6_type: (protocol == ICMPV6).then_some(ECHO_REQUEST),
             mark: 0,
+            connection_mark: 0,
             state: CtState::New,
             translation: Translation::Destination,
         }
@@ -69,6 +72,16 @@ impl Packet {
 }
 
 impl Packet {
+    /// The mark of the packet's connection, if it has one.
+    fn connection(&self) -> Option<u32> {
+        match self.state {
+            CtState::Invalid | CtState::Untracked => None,
+            CtState::New | CtState::Related | CtState::Established | CtState::Translated => {
+                Some(self.connection_mark)
+            }
+        }
+    }
+
     fn has_one_of(&self, states: &BTreeSet<CtState>) -> bool {
         let translated = match self.translation {
             Translation::None => false,
@@ -232,6 +245,12 @@ impl Walk<'_> {
                 packet.mark = (packet.mark & !mask) ^ value;
                 Ok(Step::Next)
             }
+            Target::SetConnmark(Mark { value, mask }) => {
+                if let Some(mark) = packet.connection() {
+                    packet.connection_mark = (mark & !mask) ^ value;
+                }
+                Ok(Step::Next)
+            }
             Target::Jump(callee) => self.chain(callee, packet, trace, depth + 1),
             // The end of the chain gone to is the end of this one.
             Target::Goto(callee) => match self.chain(callee, packet, trace, depth + 1)? {
@@ -250,6 +269,7 @@ impl Walk<'_> {
             icmpv6_type,
             states,
             mark,
+            connmark,
             sets,
             comment: _,
             target: _,
@@ -263,7 +283,8 @@ impl Walk<'_> {
             && states
                 .as_ref()
                 .is_none_or(|states| packet.has_one_of(&states.states) == states.sense.is_positive())
-            && mark.is_none_or(|mark| packet.mark & mark.mask == mark.value);
+            && mark.is_none_or(|mark| packet.mark & mark.mask == mark.value)
+            && connmark.is_none_or(|mark| packet.connection().is_some_and(|of| of & mark.mask == mark.value));
         if !plain {
             return Ok(false);
         }

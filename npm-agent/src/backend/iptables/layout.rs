@@ -43,6 +43,16 @@ pub enum Placement {
     AfterServices,
 }
 
+/// What becomes of established connections that policies deny by now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Established {
+    /// They live on: our rules see new connections only.
+    #[default]
+    Keep,
+    /// Those that carry the cut bit are dropped: our rules see every packet.
+    Cut,
+}
+
 /// Whether a chain of the filter table is ours.
 pub fn is_our_chain(name: &str) -> bool {
     match name.strip_prefix(ENTRY) {
@@ -72,10 +82,19 @@ pub fn other_name(name: &str, family: Family) -> Arc<str> {
     kernel_set_name(&format!("instead-of:{name}"), family).into()
 }
 
-/// The rule of `FORWARD` that leads to us: whatever no allowed connection vouches for is judged.
-pub fn jump() -> Rule {
-    let states = [CtState::Related, CtState::Established].into();
-    Rule { states: Some(CtStates { sense: Sense::IsNot, states }), ..Rule::new(Target::Jump(ENTRY.into())) }
+/// The rule of `FORWARD` that leads to us: whatever no allowed connection vouches for is judged. Where connections are
+/// cut, all packets come, and the entry chain sends those of established connections back.
+pub fn jump(established: Established) -> Rule {
+    let jump = Rule::new(Target::Jump(ENTRY.into()));
+    match established {
+        Established::Keep => Rule { states: Some(vouched_for(Sense::IsNot)), ..jump },
+        Established::Cut => jump,
+    }
+}
+
+/// The match on packets that an allowed connection vouches for, or on all others.
+pub fn vouched_for(sense: Sense) -> CtStates {
+    CtStates { sense, states: [CtState::Related, CtState::Established].into() }
 }
 
 /// Whether a rule of `FORWARD` is a jump that we, or Azure NPM, put there: to our chains, for packets of certain

@@ -90,7 +90,7 @@ pub struct ForwardEdit {
     /// These rules go, each once.
     pub delete: Vec<Line>,
     /// Then our jump is put before the rule with this number (from 0); `None`: nowhere.
-    pub insert_at: Option<usize>,
+    pub insert: Option<(usize, Rule)>,
 }
 
 /// A step of a plan.
@@ -126,7 +126,7 @@ pub fn plan(actual: &State, desired: &State, placement: Placement, other: &Other
 }
 
 /// What has to happen to `FORWARD` so that our jump stands in its place, once. `None`: nothing.
-pub fn forward_edit(forward: &[Line], placement: Placement) -> Option<ForwardEdit> {
+pub fn forward_edit(forward: &[Line], jump: &Rule, placement: Placement) -> Option<ForwardEdit> {
     let (ours, others): (Vec<_>, Vec<_>) =
         forward.iter().enumerate().partition(|(_, line)| layout::is_our_jump(line));
     let insert_at = match placement {
@@ -138,10 +138,10 @@ pub fn forward_edit(forward: &[Line], placement: Placement) -> Option<ForwardEdi
         }
     };
     match ours.as_slice() {
-        [(index, line)] if *index == insert_at && **line == Line::Rule(layout::jump()) => None,
+        [(index, line)] if *index == insert_at && **line == Line::Rule(jump.clone()) => None,
         _ => Some(ForwardEdit {
             delete: ours.into_iter().map(|(_, line)| line.clone()).collect(),
-            insert_at: Some(insert_at),
+            insert: Some((insert_at, jump.clone())),
         }),
     }
 }
@@ -217,7 +217,7 @@ impl<'a> Planner<'a> {
                 Some(_) | None => {}
             }
         }
-        let forward = forward_edit(&actual.forward, placement);
+        let forward = forward_edit(&actual.forward, &desired.jump(), placement);
         Self { actual, desired, other, forward, live, changes, misfits }
     }
 

@@ -1,5 +1,6 @@
 //! Rules that the kernel does not take (a match whose module is missing, more sets than it holds): the policy is enforced
-//! without them, which allows less than it says, and all other policies are enforced whole.
+//! without them, which allows less than it says, and all other policies are enforced whole. Without the target or the match of
+//! connection marks all policies are enforced, and only the proof is missing, or the cut.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -64,7 +65,7 @@ impl Refusals {
                 }
             }
         }
-        let mut learnt = false;
+        let mut learnt = self.learn_marks(family, desired, &probe);
         for (like, lines) in kinds {
             if probe(&Line::Rule(like.clone())) {
                 continue;
@@ -117,6 +118,33 @@ impl Refusals {
         }
     }
 
+    /// Takes the rules that write or match connection marks out of `desired`, as far as `probe` finds them refused: they
+    /// decide nothing about new connections.
+    fn learn_marks(&mut self, family: Family, desired: &mut State, probe: impl Fn(&Line) -> bool) -> bool {
+        let lines = desired.chains.values().flat_map(|chain| chain.iter());
+        let kinds: BTreeMap<MarkUse, Rule> =
+            lines.filter_map(|line| Some((MarkUse::of(line)?, line.rule()?.clone()))).collect();
+        let mut learnt = false;
+        for (kind, rule) in kinds {
+            if probe(&Line::Rule(rule.clone())) {
+                continue;
+            }
+            let rule_text = text::rule_text(&rule);
+            match kind {
+                MarkUse::Write => tracing::warn!(?family, rule_text, "refused: connections carry no proof"),
+                MarkUse::Match => tracing::warn!(?family, rule_text, "refused: no connection is cut"),
+            }
+            self.refused.insert((family, rule));
+            for chain in desired.chains.values_mut() {
+                if chain.iter().any(|line| MarkUse::of(line) == Some(kind)) {
+                    Arc::make_mut(chain).retain(|line| MarkUse::of(line) != Some(kind));
+                }
+            }
+            learnt = true;
+        }
+        learnt
+    }
+
     /// Whether leaving the rule out allows less: it allows, in a chain of a policy or of a list of ports.
     fn is_allow(&self, chain: &Name, line: &Line) -> bool {
         let target = match line {
@@ -126,7 +154,11 @@ impl Refusals {
         self.owners.contains_key(chain)
             && match target {
                 Target::Goto(_) | Target::Jump(_) => true,
-                Target::Accept | Target::Drop | Target::Return | Target::SetMark(_) => false,
+                Target::Accept
+                | Target::Drop
+                | Target::Return
+                | Target::SetMark(_)
+                | Target::SetConnmark(_) => false,
             }
     }
 
@@ -140,6 +172,30 @@ impl Refusals {
         // Sets that only this rule named are no longer to be there.
         let referenced = desired.referenced_sets();
         desired.sets.retain(|name, _| referenced.contains(name));
+    }
+}
+
+/// What a rule does with connection marks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum MarkUse {
+    /// It writes them.
+    Write,
+    /// It asks for them.
+    Match,
+}
+
+impl MarkUse {
+    fn of(line: &Line) -> Option<Self> {
+        let rule = line.rule()?;
+        match &rule.target {
+            Target::SetConnmark(_) => Some(Self::Write),
+            Target::Accept
+            | Target::Drop
+            | Target::Return
+            | Target::SetMark(_)
+            | Target::Jump(_)
+            | Target::Goto(_) => rule.connmark.map(|_| Self::Match),
+        }
     }
 }
 

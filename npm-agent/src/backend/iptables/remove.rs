@@ -22,7 +22,7 @@ pub(super) fn transaction(rules: &State) -> Transaction {
     let fate = |name| if rules.claimed.contains(name) { Some(Default::default()) } else { None };
     Transaction {
         chains: rules.chains.keys().map(|name| (name.clone(), fate(name))).collect(),
-        forward: (!delete.is_empty()).then_some(ForwardEdit { delete, insert_at: None }),
+        forward: (!delete.is_empty()).then_some(ForwardEdit { delete, insert: None }),
     }
 }
 

@@ -7,6 +7,9 @@
 //!                └─► -EGRESS, the same
 //! ```
 //!
+//! What is left at the end of `AZURE-NPM` was judged and allowed: its connection gets the proof, one bit of the
+//! connection mark. What is dropped loses it. Both backends set and clear the bit alike, and here no rule asks for it.
+//!
 //! We only take away: no rule accepts. An allow rule sets a mark bit and the packet goes on through the other policies
 //! and the other direction; what is left of our bits is cleared when it leaves. Whatever the bits were before, they
 //! are cleared on entry, so nobody can bring an allow along.
@@ -17,7 +20,7 @@ use std::sync::{Arc, OnceLock};
 
 use imbl::OrdSet;
 use ipnet::IpNet;
-use npm_common::mark;
+use npm_common::mark::{self, ProofBit};
 use npm_common::packet::NEIGHBOUR_TYPES;
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::{
@@ -27,7 +30,7 @@ use npm_policy::model::PolicyKey;
 use npm_policy::names::{self, SetNames};
 
 use super::interpret::{self, Uninterpretable};
-use super::layout;
+use super::layout::{self, Established};
 use super::state::{
     Chain, CtState, CtStates, Line, Mark, Name, Rule, Sense, Set, SetKind, SetMatch, Side, State, Target,
 };
@@ -65,13 +68,18 @@ pub enum RenderedError {
 }
 
 impl Rendered {
-    /// Renders a goal.
+    /// Renders a goal in the usual form.
     pub fn of(goal: &Goal) -> Self {
+        Self::in_form(goal, Form::default())
+    }
+
+    /// Renders a goal.
+    pub fn in_form(goal: &Goal, form: Form) -> Self {
         let names = names::name_sets(goal.sets.keys());
         let suffixes = names::name_chains(goal.programs.keys());
         let mut owners = BTreeMap::new();
         let mut render =
-            |family| Renderer { goal, family, names: &names, suffixes: &suffixes }.state(&mut owners);
+            |family| Renderer { goal, family, form, names: &names, suffixes: &suffixes }.state(&mut owners);
         let (v4, v6) = (render(Family::V4), render(Family::V6));
         Self { v4, v6, names, owners, read: OnceLock::new() }
     }
@@ -117,6 +125,15 @@ impl Rendered {
         };
         Ok([read(Family::V4)?, read(Family::V6)?])
     }
+}
+
+/// What of the rendering is not the goal's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Form {
+    /// The bit of the connection mark that allowed connections get.
+    pub proof: ProofBit,
+    /// What becomes of established connections.
+    pub established: Established,
 }
 
 /// The two directions, which differ in names, sides and bits only.
@@ -182,6 +199,7 @@ impl Direction {
 struct Renderer<'a> {
     goal: &'a Goal,
     family: Family,
+    form: Form,
     names: &'a BTreeMap<SetKey, SetNames>,
     suffixes: &'a BTreeMap<PolicyKey, String>,
 }
@@ -201,7 +219,10 @@ enum Entry {
 
 impl Renderer<'_> {
     fn state(&self, owners: &mut BTreeMap<Name, BTreeSet<PolicyKey>>) -> State {
-        let mut state = State { forward: vec![Line::Rule(layout::jump())], ..State::empty(self.family) };
+        let mut state = State {
+            forward: vec![Line::Rule(layout::jump(self.form.established))],
+            ..State::empty(self.family)
+        };
         let mut chains: BTreeMap<Name, Vec<Rule>> = BTreeMap::from([(layout::ENTRY.into(), Vec::new())]);
         if !self.goal.programs.is_empty() {
             chains.insert(layout::ENTRY.into(), self.entry());
@@ -220,6 +241,16 @@ impl Renderer<'_> {
 
     fn entry(&self) -> Vec<Rule> {
         let mut rules = Vec::new();
+        match self.form.established {
+            Established::Keep => {}
+            Established::Cut => {
+                let cut = self.form.proof.cut_mask();
+                let connmark = Some(Mark { value: cut, mask: cut });
+                rules.push(Rule { connmark, ..Rule::new(Target::Drop) });
+                let states = Some(layout::vouched_for(Sense::Is));
+                rules.push(Rule { states, ..Rule::new(Target::Return) });
+            }
+        }
         match self.family {
             Family::V4 => {}
             Family::V6 => rules.extend(NEIGHBOUR_TYPES.map(|number| Rule {
@@ -232,7 +263,13 @@ impl Renderer<'_> {
         rules.push(Rule::new(Target::Jump(layout::INGRESS.into())));
         rules.push(Rule::new(Target::Jump(layout::EGRESS.into())));
         rules.push(set_mark(0, mark::MASK));
+        rules.push(self.set_proof(self.form.proof.mask()));
         rules
+    }
+
+    /// Sets or clears the proof. A packet that is INVALID or UNTRACKED has no connection, and the target passes it over.
+    fn set_proof(&self, value: u32) -> Rule {
+        Rule::new(Target::SetConnmark(Mark { value, mask: self.form.proof.mask() }))
     }
 
     /// A pod reaches itself through a Service: only packets about to be dropped pay for finding out. Such a packet crosses
@@ -253,6 +290,7 @@ impl Renderer<'_> {
             }
         }
         rules.sort();
+        rules.push(self.set_proof(0));
         rules.push(Rule::new(Target::Drop));
         rules
     }

@@ -11,6 +11,7 @@ use imbl::OrdSet;
 use ipnet::IpNet;
 use npm_policy::goal::{Family, Member};
 
+use super::layout::Established;
 use super::{layout, text};
 
 /// The name of a set or of a chain.
@@ -60,6 +61,8 @@ pub struct Rule {
     pub states: Option<CtStates>,
     /// `-m mark --mark`.
     pub mark: Option<Mark>,
+    /// `-m connmark --mark`.
+    pub connmark: Option<Mark>,
     /// `-m set --match-set`: all must hold.
     pub sets: Vec<SetMatch>,
     /// `-m comment`.
@@ -79,6 +82,7 @@ impl Rule {
             icmpv6_type: None,
             states: None,
             mark: None,
+            connmark: None,
             sets: Vec::new(),
             comment: None,
             target,
@@ -89,7 +93,9 @@ impl Rule {
     pub fn callee(&self) -> Option<&Name> {
         match &self.target {
             Target::Jump(chain) | Target::Goto(chain) => Some(chain),
-            Target::Accept | Target::Drop | Target::Return | Target::SetMark(_) => None,
+            Target::Accept | Target::Drop | Target::Return | Target::SetMark(_) | Target::SetConnmark(_) => {
+                None
+            }
         }
     }
 }
@@ -190,6 +196,8 @@ pub enum Target {
     Return,
     /// `-j MARK --set-xmark`.
     SetMark(Mark),
+    /// `-j CONNMARK --set-xmark`: the same with the mark of the packet's connection, if it has one.
+    SetConnmark(Mark),
     /// `-j CHAIN`: its end comes back here.
     Jump(Name),
     /// `-g CHAIN`: its end goes where the end of this chain would have gone.
@@ -267,6 +275,15 @@ impl State {
         }
     }
 
+    /// The jump to us that stands in `FORWARD`; the usual one where none does.
+    pub fn jump(&self) -> Rule {
+        let ours = self.forward.iter().filter(|line| layout::is_our_jump(line)).find_map(|line| match line {
+            Line::Rule(rule) => Some(rule.clone()),
+            Line::Unreadable(_) => None,
+        });
+        ours.unwrap_or_else(|| layout::jump(Established::Keep))
+    }
+
     /// The sets that rules name, each once.
     pub fn referenced_sets(&self) -> BTreeSet<Name> {
         let lines = self.chains.values().flat_map(|chain| chain.iter()).chain(&self.forward);
@@ -293,6 +310,14 @@ impl State {
 }
 
 impl Line {
+    /// The rule, if it is of a form that we know.
+    pub fn rule(&self) -> Option<&Rule> {
+        match self {
+            Self::Rule(rule) => Some(rule),
+            Self::Unreadable(_) => None,
+        }
+    }
+
     /// The sets that the rule names.
     pub fn sets(&self) -> Vec<Name> {
         match self {

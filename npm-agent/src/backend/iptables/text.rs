@@ -122,6 +122,7 @@ fn parse_rule(family: Family, words: &[String]) -> Option<Rule> {
     let mut rule = Rule::new(Target::Return);
     let mut target = None;
     let mut sense = Sense::Is;
+    let mut module = "";
     let mut words = words.iter().map(String::as_str);
     while let Some(word) = words.next() {
         let negated = std::mem::replace(&mut sense, Sense::Is);
@@ -130,14 +131,18 @@ fn parse_rule(family: Family, words: &[String]) -> Option<Rule> {
             ("-s", Sense::Is) => rule.source = Some(parse_net(family, words.next()?)?),
             ("-d", Sense::Is) => rule.destination = Some(parse_net(family, words.next()?)?),
             ("-p", Sense::Is) => rule.protocol = Some(parse_protocol(words.next()?)?),
-            // Which module a match is of goes without saying.
+            // Which module a match is of goes without saying, but for `--mark`.
             ("-m", Sense::Is) => match words.next()? {
-                "tcp" | "udp" | "sctp" | "icmp6" | "conntrack" | "mark" | "set" | "comment" => {}
+                known @ ("tcp" | "udp" | "sctp" | "icmp6" | "conntrack" | "mark" | "connmark" | "set"
+                | "comment") => {
+                    module = known;
+                }
                 _ => return None,
             },
             ("--dport", Sense::Is) => rule.ports = Some(parse_ports(words.next()?)?),
             ("--icmpv6-type", Sense::Is) => rule.icmpv6_type = Some(words.next()?.parse().ok()?),
             ("--ctstate", sense) => rule.states = Some(parse_states(sense, words.next()?)?),
+            ("--mark", Sense::Is) if module == "connmark" => rule.connmark = Some(parse_mark(words.next()?)?),
             ("--mark", Sense::Is) => rule.mark = Some(parse_mark(words.next()?)?),
             ("--match-set", sense) => {
                 let set = words.next()?.into();
@@ -157,6 +162,10 @@ fn parse_rule(family: Family, words: &[String]) -> Option<Rule> {
                     "RETURN" => Target::Return,
                     "MARK" => match words.next()? {
                         "--set-xmark" => Target::SetMark(parse_mark(words.next()?)?),
+                        _ => return None,
+                    },
+                    "CONNMARK" => match words.next()? {
+                        "--set-xmark" => Target::SetConnmark(parse_mark(words.next()?)?),
                         _ => return None,
                     },
                     // Targets of extensions are in capitals as well, but have options that end in None here.
@@ -226,8 +235,19 @@ fn parse_mark(text: &str) -> Option<Mark> {
 
 /// The text of a rule after `-A CHAIN `, in the order in which `iptables-save` prints it.
 pub fn rule_text(rule: &Rule) -> String {
-    let Rule { source, destination, protocol, ports, icmpv6_type, states, mark, sets, comment, target } =
-        rule;
+    let Rule {
+        source,
+        destination,
+        protocol,
+        ports,
+        icmpv6_type,
+        states,
+        mark,
+        connmark,
+        sets,
+        comment,
+        target,
+    } = rule;
     let mut words = Vec::new();
     words.extend(source.map(|net| format!("-s {net}")));
     words.extend(destination.map(|net| format!("-d {net}")));
@@ -250,6 +270,7 @@ pub fn rule_text(rule: &Rule) -> String {
         format!("-m conntrack {}--ctstate {}", sense_text(states.sense), names.join(","))
     }));
     words.extend(mark.map(|mark| format!("-m mark --mark {}", mark_text(mark))));
+    words.extend(connmark.map(|mark| format!("-m connmark --mark {}", mark_text(mark))));
     words.extend(sets.iter().map(|matched| {
         let side = match matched.side {
             Side::Source => "src",
@@ -264,6 +285,7 @@ pub fn rule_text(rule: &Rule) -> String {
         Target::Accept => "-j ACCEPT".to_owned(),
         Target::Return => "-j RETURN".to_owned(),
         Target::SetMark(mark) => format!("-j MARK --set-xmark {}", mark_text(*mark)),
+        Target::SetConnmark(mark) => format!("-j CONNMARK --set-xmark {}", mark_text(*mark)),
         Target::Jump(chain) => format!("-j {chain}"),
         Target::Goto(chain) => format!("-g {chain}"),
     });
@@ -459,6 +481,10 @@ mod tests {
         for (family, text) in [
             (Family::V4, "-m conntrack ! --ctstate RELATED,ESTABLISHED -j AZURE-NPM"),
             (Family::V4, "-j MARK --set-xmark 0x0/0xe00"),
+            (Family::V4, "-j CONNMARK --set-xmark 0x1000000/0x1000000"),
+            (Family::V6, "-j CONNMARK --set-xmark 0x0/0x1000000"),
+            (Family::V4, "-m connmark --mark 0x2000000/0x2000000 -j DROP"),
+            (Family::V4, "-m conntrack --ctstate RELATED,ESTABLISHED -j RETURN"),
             (Family::V4, "-m mark --mark 0x400/0x600 -j AZURE-NPM-DENIED"),
             (Family::V4, "-s 10.0.0.1/32 -d 10.0.0.2/32 -j RETURN"),
             (Family::V4, "-p tcp -m tcp --dport 80 -g Y"),
@@ -485,6 +511,7 @@ mod tests {
             "-i eth0 -j DROP",
             "-j REJECT --reject-with icmp-port-unreachable",
             "-j MARK --or-mark 0x1",
+            "-j CONNMARK --save-mark --nfmask 0xffffffff --ctmask 0xffffffff",
             "-m set --match-set a src,src -j DROP",
             "-m set --match-set a src",
             r#"-m comment --comment "open -j DROP"#,

@@ -105,8 +105,8 @@ pub(super) fn rules_text(transaction: &Transaction) -> String {
         lines.extend(
             edit.delete.iter().map(|line| format!("-D {} {}", layout::FORWARD, text::line_text(line))),
         );
-        if let Some(index) = edit.insert_at {
-            let jump = text::rule_text(&layout::jump());
+        if let Some((index, jump)) = &edit.insert {
+            let jump = text::rule_text(jump);
             lines.push(format!("-I {} {} {jump}", layout::FORWARD, index + 1));
         }
     }
@@ -188,9 +188,10 @@ mod tests {
     fn a_transaction_as_text() {
         let chain =
             Arc::new(vec![Line::Rule(Rule::new(Target::Drop)), Line::Rule(Rule::new(Target::Return))]);
+        let jump = layout::jump(layout::Established::Keep);
         let transaction = Transaction {
             chains: [("AZURE-NPM".into(), Some(chain)), ("AZURE-NPM-X".into(), None)].into(),
-            forward: Some(ForwardEdit { delete: vec![Line::Rule(layout::jump())], insert_at: Some(0) }),
+            forward: Some(ForwardEdit { delete: vec![Line::Rule(jump.clone())], insert: Some((0, jump)) }),
         };
         assert_eq!(
             rules_text(&transaction),
