@@ -3,19 +3,16 @@
 use std::error::Error;
 use std::io;
 
-use aya::maps::MapError;
 use aya::programs::{ProgramError, SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfError};
 use npm_common::decide::Verdict;
 use npm_policy::flow::Flow;
+use npm_policy::goal::Goal;
 
-use super::lower::Lowered;
-use super::maps::Maps;
+use super::any_maps::AnyMaps;
+use super::maps::{ApplyError, MapsError, Writes};
 use super::packet::opening;
-
-/// The committed object: `cargo xtask ebpf` makes it.
-static OBJECT: &[u8] =
-    aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../npm-ebpf/npm-ebpf.o"));
+use super::width::Width;
 
 const PROGRAM: &str = "verdict";
 
@@ -43,15 +40,12 @@ pub enum KernelError {
         /// The program or map.
         name: &'static str,
     },
-    /// A map is not as expected, or could not be written.
-    #[error("cannot use the eBPF map {name}")]
-    Map {
-        /// The map.
-        name: &'static str,
-        /// Why.
-        #[source]
-        source: MapError,
-    },
+    /// The maps can't be used.
+    #[error(transparent)]
+    Maps(#[from] MapsError),
+    /// The maps do not hold the goal.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
     /// The program could not be run.
     #[error("cannot run the eBPF program")]
     Run(#[source] ProgramError),
@@ -74,7 +68,7 @@ pub enum KernelError {
 /// The program and its maps. They are gone when it is dropped.
 pub struct Kernel {
     ebpf: Ebpf,
-    maps: Maps,
+    maps: AnyMaps,
 }
 
 impl Kernel {
@@ -82,21 +76,34 @@ impl Kernel {
     ///
     /// # Errors
     /// The process may not, or the kernel lacks what the program needs. Nothing is left behind.
-    pub fn load() -> Result<Self, KernelError> {
-        let mut ebpf = Ebpf::load(OBJECT).map_err(|error| permitted(error, KernelError::Object))?;
+    pub fn load(width: Width) -> Result<Self, KernelError> {
+        let mut ebpf =
+            Ebpf::load(width.object()).map_err(|error| permitted(error, KernelError::Object))?;
         let program = ebpf.program_mut(PROGRAM).ok_or(KernelError::Missing { name: PROGRAM })?;
         let program: &mut SchedClassifier = program.try_into().map_err(KernelError::Program)?;
         program.load().map_err(|error| permitted(error, KernelError::Program))?;
-        let maps = Maps::take(&mut ebpf)?;
+        let maps = AnyMaps::take(width, &mut ebpf)?;
         Ok(Self { ebpf, maps })
     }
 
-    /// Makes the maps hold this and nothing else, whatever they held; gives the number of writes.
+    /// Makes the program judge by this goal and nothing else; a wider program is loaded if the goal needs it.
     ///
     /// # Errors
-    /// The maps then hold a part of the old and of the new: verdicts are of neither. The next fill goes on from there.
-    pub fn fill(&mut self, lowered: &Lowered) -> Result<usize, KernelError> {
-        self.maps.converge(lowered)
+    /// The program then judges as it did before.
+    pub fn fill(&mut self, goal: &Goal) -> Result<Writes, KernelError> {
+        let needed = Width::needed(goal).map_err(ApplyError::Lower)?;
+        if needed > self.maps.width() {
+            let mut wider = Self::load(needed)?;
+            let writes = wider.maps.apply(goal)?;
+            *self = wider;
+            return Ok(writes);
+        }
+        Ok(self.maps.apply(goal)?)
+    }
+
+    /// The maps.
+    pub fn maps(&self) -> &AnyMaps {
+        &self.maps
     }
 
     /// What the program says of the flow's first packet, by BPF_PROG_TEST_RUN.
