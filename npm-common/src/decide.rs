@@ -8,8 +8,8 @@
 use core::ops::Deref;
 
 use crate::layout::{
-    ANY_PEER, Address, Bits, Generation, Known, MAX_SEGMENTS, NO_POD, NOBODY, NOT_ISOLATED, PairRecord, Policy,
-    Record, Segment, half_of, pick, position,
+    ANY_PEER, Address, Bits, Generation, Known, MAX_SEGMENTS, NO_POD, NOBODY, NOT_ISOLATED, PairRecord,
+    Policy, Record, Segment, half_of, pick, position,
 };
 use crate::packet::{Fragment, Packet, ParseError};
 

@@ -13,8 +13,8 @@ use npm_common::layout::NARROW_WORDS as WORDS;
 #[cfg(feature = "wide")]
 use npm_common::layout::WIDE_WORDS as WORDS;
 use npm_common::layout::{
-    Address, Bits, Generation, MAX_NETWORKS, MAX_PAIRS, MAX_POLICIES, MAX_RECORDS, MAX_ROWS, MAX_SEGMENTS, Meaning,
-    PairRecord, Policy, Record, Segment, V4, V6,
+    Address, Bits, Generation, MAX_NETWORKS, MAX_PAIRS, MAX_POLICIES, MAX_RECORDS, MAX_ROWS, MAX_SEGMENTS,
+    Meaning, PairRecord, Policy, Record, Segment, V4, V6,
 };
 
 type Row = Bits<WORDS>;

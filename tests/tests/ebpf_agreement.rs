@@ -68,7 +68,8 @@ fn long_lists_are_lowered_whole() {
                 lowered.policies.len(),
                 lowered.segments.len()
             );
-            let maps = filled(&lowered, &Limits::OBJECT).map_err(|full| TestCaseError::fail(full.to_string()))?;
+            let maps =
+                filled(&lowered, &Limits::OBJECT).map_err(|full| TestCaseError::fail(full.to_string()))?;
             for flow in flows(&world, 1000, seed) {
                 prop_assert_eq!(plain(&goal.verdict(&flow)), maps.decide(&flow), "{} on {}", flow, node);
             }

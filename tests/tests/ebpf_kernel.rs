@@ -102,8 +102,7 @@ fn long_lists_are_judged_whole() {
         let world = world_of(changes.into_iter().filter(few));
         let mut kernel = kernel.borrow_mut();
         for (node, goal) in goals(&world) {
-            let lowered: Lowered =
-                lower(&goal).map_err(|error| TestCaseError::fail(error.to_string()))?;
+            let lowered: Lowered = lower(&goal).map_err(|error| TestCaseError::fail(error.to_string()))?;
             let (bits, segments) = (lowered.bits.len(), lowered.segments.len());
             most.set((most.get().0.max(bits), most.get().1.max(segments)));
             let writes = kernel.fill(&goal).map_err(|error| TestCaseError::fail(format!("{error:?}")))?;

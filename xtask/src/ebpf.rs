@@ -65,7 +65,8 @@ pub(crate) fn write(tree: &Tree, sink: &Sink) -> Result<String> {
     for (name, bytes) in &objects {
         fs::write(tree.root.join(name), bytes).with_context(|| format!("writing {name}"))?;
     }
-    fs::write(tree.root.join(HASHES), hashes(tree, &objects)?).with_context(|| format!("writing {HASHES}"))?;
+    fs::write(tree.root.join(HASHES), hashes(tree, &objects)?)
+        .with_context(|| format!("writing {HASHES}"))?;
     Ok(sizes(&objects))
 }
 
@@ -80,13 +81,14 @@ fn sizes(objects: &[Object]) -> String {
 /// # Errors
 /// When they differ, or an object can't be built though its toolchain is there.
 pub(crate) fn check(tree: &Tree, sink: &Sink) -> Result<String> {
-    let read = |(name, _)| {
-        Ok((name, fs::read(tree.root.join(name)).with_context(|| format!("reading {name}"))?))
-    };
+    let read =
+        |(name, _)| Ok((name, fs::read(tree.root.join(name)).with_context(|| format!("reading {name}"))?));
     let committed: Vec<Object> = OBJECTS.into_iter().map(read).collect::<Result<_>>()?;
     let recorded = fs::read_to_string(tree.root.join(HASHES)).with_context(|| format!("reading {HASHES}"))?;
     if recorded != hashes(tree, &committed)? {
-        bail!("{HASHES} does not belong to the objects and their sources: run `cargo xtask ebpf`, commit all");
+        bail!(
+            "{HASHES} does not belong to the objects and their sources: run `cargo xtask ebpf`, commit all"
+        );
     }
     match prepare(tree, sink) {
         Ok(toolchain) => {

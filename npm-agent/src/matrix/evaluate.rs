@@ -141,12 +141,13 @@ impl Question<'_> {
         let world = apart(self.world);
         let denied = self.nodes(&world).into_iter().map(|(holder, places)| {
             let Some(goal) = goal_of(&world, holder) else { return Ok(Vec::new()) };
-            kernel.fill(&goal).map_err(|error| match error {
-                KernelError::Apply(ApplyError::Lower(source)) => {
-                    MatrixError::Lowered { pod: holder.clone(), source }
+            match kernel.fill(&goal) {
+                Ok(_) => {}
+                Err(KernelError::Apply(ApplyError::Lower(source))) => {
+                    return Err(MatrixError::Lowered { pod: holder.clone(), source });
                 }
-                other => MatrixError::Kernel(other),
-            })?;
+                Err(error) => return Err(MatrixError::Kernel(error)),
+            }
             Ok(self.denied_by(|flow| kernel.verdict(flow).map(decision), &places)?)
         });
         self.decisions(denied)

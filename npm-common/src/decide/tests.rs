@@ -174,7 +174,10 @@ fn a_generation_is_one_state() {
     assert_eq!(judged(&maps), [free; 4]);
     maps.records.get_mut(&POD).unwrap()[1] = Known { ingress: 1, egress: 2, pod: 0, row: NOBODY };
     // The networks' and the pair's halves are of this generation too.
-    assert_eq!(judged(&maps), [(Denied, NotIsolated), (NotIsolated, Denied), (Denied, NotIsolated), (NotIsolated, Denied)]);
+    assert_eq!(
+        judged(&maps),
+        [(Denied, NotIsolated), (NotIsolated, Denied), (Denied, NotIsolated), (NotIsolated, Denied)]
+    );
 }
 
 /// A place that leads to another's record is looked up again, and denies if it goes on.

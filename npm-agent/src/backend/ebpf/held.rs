@@ -6,8 +6,8 @@ use std::net::IpAddr;
 
 use npm_common::decide::{self, Lookups, Verdict};
 use npm_common::layout::{
-    Address, Bits, Generation, MAX_NETWORKS, MAX_PAIRS, MAX_POLICIES, MAX_RECORDS, MAX_ROWS, MAX_SEGMENTS, Meaning,
-    PairRecord, Policy, Record, Segment, V4, V6, half_of,
+    Address, Bits, Generation, MAX_NETWORKS, MAX_PAIRS, MAX_POLICIES, MAX_RECORDS, MAX_ROWS, MAX_SEGMENTS,
+    Meaning, PairRecord, Policy, Record, Segment, V4, V6, half_of,
 };
 use npm_policy::flow::{Flow, Transport};
 
@@ -284,7 +284,11 @@ impl<A: Address> HeldFamily<A> {
         differences(lines, &name("networks"), networks, &meant.networks);
         differences(lines, &name("pairs"), pairs, &meant.pairs);
         let led = |held: &Self| -> BTreeMap<u32, PairRecord<A::Pair>> {
-            held.pairs.keys().filter_map(|key| held.pair_record(key)).map(|(place, it)| (place, *it)).collect()
+            held.pairs
+                .keys()
+                .filter_map(|key| held.pair_record(key))
+                .map(|(place, it)| (place, *it))
+                .collect()
         };
         differences(lines, &name("pair records"), pair_records, &led(meant));
     }

@@ -77,8 +77,7 @@ impl Kernel {
     /// # Errors
     /// The process may not, or the kernel lacks what the program needs. Nothing is left behind.
     pub fn load(width: Width) -> Result<Self, KernelError> {
-        let mut ebpf =
-            Ebpf::load(width.object()).map_err(|error| permitted(error, KernelError::Object))?;
+        let mut ebpf = Ebpf::load(width.object()).map_err(|error| permitted(error, KernelError::Object))?;
         let program = ebpf.program_mut(PROGRAM).ok_or(KernelError::Missing { name: PROGRAM })?;
         let program: &mut SchedClassifier = program.try_into().map_err(KernelError::Program)?;
         program.load().map_err(|error| permitted(error, KernelError::Program))?;

@@ -5,8 +5,8 @@ mod kernel_map;
 use std::io;
 use std::path::Path;
 
-use aya::{Ebpf, Pod};
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError};
+use aya::{Ebpf, Pod};
 use npm_common::decide::Verdict;
 use npm_common::layout::{Bits, Generation, Meaning, PairRecord, Policy, Record, Segment, V4, V6};
 use npm_policy::flow::Flow;
@@ -135,8 +135,14 @@ impl<const W: usize> Maps<W> {
 
     fn of(source: &mut Source<'_>) -> Result<Self, MapsError> {
         let mut maps = Self {
-            v4: OneFamily::of(source, ["PLACES_V4", "RECORDS_V4", "NETWORKS_V4", "PAIRS_V4", "PAIR_RECORDS_V4"])?,
-            v6: OneFamily::of(source, ["PLACES_V6", "RECORDS_V6", "NETWORKS_V6", "PAIRS_V6", "PAIR_RECORDS_V6"])?,
+            v4: OneFamily::of(
+                source,
+                ["PLACES_V4", "RECORDS_V4", "NETWORKS_V4", "PAIRS_V4", "PAIR_RECORDS_V4"],
+            )?,
+            v6: OneFamily::of(
+                source,
+                ["PLACES_V6", "RECORDS_V6", "NETWORKS_V6", "PAIRS_V6", "PAIR_RECORDS_V6"],
+            )?,
             policies: KernelMap::of(source, "POLICIES")?,
             segments: KernelMap::of(source, "SEGMENTS")?,
             rows: KernelMap::of(source, "ROWS")?,
@@ -170,7 +176,7 @@ impl<const W: usize> Maps<W> {
             self.read_back()?;
         }
         let lowered = lower_with(goal, &self.held.numbers())?;
-        Ok(self.converge(&lowered)?)
+        self.converge(&lowered)
     }
 
     /// Reads the maps back, repairs what somebody else has changed, and says what that was: one line for people each.

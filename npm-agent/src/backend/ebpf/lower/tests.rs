@@ -159,11 +159,17 @@ fn a_missing_set_allows_nobody() {
         destination: "10.0.0.1".parse().unwrap(),
         transport: Transport::Portless(1),
     };
-    assert_eq!(decision(filled(&lower::<1>(&goal).unwrap(), &Limits::OBJECT).unwrap().decide(&flow)), Decision::Allow);
+    assert_eq!(
+        decision(filled(&lower::<1>(&goal).unwrap(), &Limits::OBJECT).unwrap().decide(&flow)),
+        Decision::Allow
+    );
     let subjects: Vec<_> = goal.programs.values().map(|program| program.subjects.clone()).collect();
     let left = goal.sets.iter().filter(|(key, _)| subjects.contains(key));
     goal.sets = left.map(|(key, set)| (key.clone(), set.clone())).collect();
-    assert_eq!(decision(filled(&lower::<1>(&goal).unwrap(), &Limits::OBJECT).unwrap().decide(&flow)), Decision::Deny);
+    assert_eq!(
+        decision(filled(&lower::<1>(&goal).unwrap(), &Limits::OBJECT).unwrap().decide(&flow)),
+        Decision::Deny
+    );
 }
 
 #[test]

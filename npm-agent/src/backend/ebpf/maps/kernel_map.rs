@@ -122,11 +122,9 @@ impl<A: Pod + Ord, V: Pod> KernelMap<LpmTrie<MapData, A, V>> {
 fn unless_absent(error: MapError) -> Result<(), MapError> {
     /// include/uapi/asm-generic/errno-base.h.
     const ENOENT: i32 = 2;
-    match &error {
-        MapError::KeyNotFound => Ok(()),
-        MapError::SyscallError(call) if call.io_error.raw_os_error() == Some(ENOENT) => Ok(()),
-        _ => Err(error),
-    }
+    let is_absent = matches!(error, MapError::KeyNotFound)
+        || matches!(&error, MapError::SyscallError(call) if call.io_error.raw_os_error() == Some(ENOENT));
+    if is_absent { Ok(()) } else { Err(error) }
 }
 
 /// Maps of values of npm_common's types.

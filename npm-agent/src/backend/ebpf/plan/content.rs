@@ -175,8 +175,7 @@ fn place_rows<const W: usize>(
 ) -> Result<HashMap<Bits<W>, u32>, Full> {
     let in_use = used.rows.len() - 1;
     let mut found: HashMap<&Bits<W>, u32> = HashMap::new();
-    let (now, idle): (Vec<_>, Vec<_>) =
-        held.rows.iter().partition(|(index, _)| used.rows.contains(index));
+    let (now, idle): (Vec<_>, Vec<_>) = held.rows.iter().partition(|(index, _)| used.rows.contains(index));
     for (index, bits) in now.into_iter().chain(idle) {
         if *index < limits.rows {
             found.entry(bits).or_insert(*index);

@@ -135,7 +135,8 @@ impl<A: Address> FamilyPlan<A> {
         let prefixes: BTreeSet<&Prefix<A>> = held.networks.keys().chain(wanted.networks.keys()).collect();
         let mut count = prefixes.len();
         for prefix in prefixes {
-            let then = longest(&wanted.networks, prefix.address, prefix.length).map_or(NOBODY, |(_, row)| *row);
+            let then =
+                longest(&wanted.networks, prefix.address, prefix.length).map_or(NOBODY, |(_, row)| *row);
             let shorter = || {
                 let length = prefix.length.checked_sub(1)?;
                 longest(&held.networks, prefix.address, length).map(|(_, rows)| rows[half])
