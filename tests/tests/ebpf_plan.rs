@@ -10,16 +10,17 @@ use std::net::IpAddr;
 
 use npm_agent::backend::ebpf::held::{FamilyWrite, Held, HeldFamily, Limits, Readers, Write};
 use npm_agent::backend::ebpf::lower::{Lowered, OfFamily, lower_with};
-use npm_agent::backend::ebpf::plan::{Step, filled, plan};
+use npm_agent::backend::ebpf::plan::{Full, MapName, Step, filled, plan, settle};
 use npm_common::decide::{self, Lookups, Verdict};
 use npm_common::layout::{Address, Bits, Generation, PairRecord, Policy, Record, Segment, V4, V6};
 use npm_policy::compile::Compiler;
 use npm_policy::flow::{Flow, Transport};
 use npm_policy::goal::Goal;
+use npm_policy::model::{Block, Peer, Peers, Port, Ports, Protocol, Rule};
 use npm_policy::world::{Change, World};
 use npm_tests::opinions::plain;
 use npm_tests::property::check;
-use npm_tests::random::{NODES, SplitMix, flows, sequence, world};
+use npm_tests::random::{NODES, SplitMix, cluster, flows, sequence, world};
 use npm_tests::regressions;
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -300,6 +301,16 @@ fn walk(
         for (flow, after) in probes.iter().zip(&after) {
             prop_assert_eq!(held.decide(flow), *after, "{} at the end", flow);
         }
+        // The other half is made the same, or left as it is; packets see neither.
+        if dice.next().is_multiple_of(2) {
+            for now in settle(held, limits) {
+                step(held, &now, limits).map_err(TestCaseError::fail)?;
+                for (flow, after) in probes.iter().zip(&after) {
+                    prop_assert_eq!(held.decide(flow), *after, "{} after {:?}", flow, now);
+                }
+            }
+            prop_assert_eq!(settle(held, limits), vec![]);
+        }
         // Only sweeping is left, and then nothing.
         for step_now in
             plan(held, &lowered(held, goal)?, limits).map_err(|full| TestCaseError::fail(full.to_string()))?
@@ -394,4 +405,52 @@ fn packets_see_the_old_goal_or_the_new() {
         passed.get()
     );
     assert!(passed.get() > 5_000 && graces.get() > 300 && full.get() > 10);
+}
+
+/// Every map's limit is met, named, and changes nothing; what fits is taken in afterwards.
+#[test]
+fn what_does_not_fit_is_refused() {
+    let mut changes = cluster(2, 12, 10, NODES[0]);
+    for change in &mut changes {
+        match change {
+            Change::Pod(_, Some(pod)) => pod.node = Some(NODES[0].into()),
+            Change::Policy(_, Some(policy)) => {
+                let blocks = ["10.0.0.0/8", "10.0.0.0/24"].map(|cidr| {
+                    Peer::Block(Block { cidr: cidr.parse().expect("a block"), except: BTreeSet::new() })
+                });
+                let peers = Peers::Only(blocks.into());
+                let port = Port::Range { protocol: Protocol::Udp, first: 53, last: 53 };
+                let rule = Rule { peers, ports: Ports::Only(vec![port]) };
+                policy.egress.get_or_insert_default().push(rule);
+            }
+            Change::Namespace(..) | Change::Pod(_, None) | Change::Policy(_, None) => {}
+        }
+    }
+    let compiler = compiler(changes);
+    let wanted = lowered(&Held::default(), &compiler.goal()).expect("few bits");
+    let held = filled(&wanted, &Limits::OBJECT).expect("there is room");
+    let count = |number: usize| u32::try_from(number).expect("few");
+    let exact = Limits {
+        records: count(held.v4.places.len()),
+        networks: count(held.v4.networks.len()),
+        pairs: count(held.v4.pairs.len()),
+        policies: count(held.policies.len()) + 1,
+        segments: count(held.segments.len()),
+        rows: count(held.rows.len()) + 1,
+    };
+    assert_eq!(filled(&wanted, &exact).expect("it fits exactly"), held);
+    for (map, limits) in [
+        (MapName::Records, Limits { records: exact.records - 1, ..exact }),
+        (MapName::Networks, Limits { networks: exact.networks - 1, ..exact }),
+        (MapName::Pairs, Limits { pairs: exact.pairs - 1, ..exact }),
+        (MapName::Policies, Limits { policies: exact.policies - 1, ..exact }),
+        (MapName::Segments, Limits { segments: exact.segments - 1, ..exact }),
+        (MapName::Rows, Limits { rows: exact.rows - 1, ..exact }),
+    ] {
+        let full: Full = filled(&wanted, &limits).expect_err("one too many");
+        assert_eq!(full.map, map, "{full}");
+        println!("{full}");
+        filled(&lowered(&Held::default(), &Goal::default()).expect("no bits"), &limits)
+            .expect("nothing fits");
+    }
 }

@@ -67,8 +67,13 @@ pub enum KernelError {
 
 /// The program and its maps. They are gone when it is dropped.
 pub struct Kernel {
-    ebpf: Ebpf,
+    judge: Judge,
     maps: AnyMaps,
+}
+
+/// The program.
+pub struct Judge {
+    ebpf: Ebpf,
 }
 
 impl Kernel {
@@ -82,7 +87,7 @@ impl Kernel {
         let program: &mut SchedClassifier = program.try_into().map_err(KernelError::Program)?;
         program.load().map_err(|error| permitted(error, KernelError::Program))?;
         let maps = AnyMaps::take(width, &mut ebpf)?;
-        Ok(Self { ebpf, maps })
+        Ok(Self { judge: Judge { ebpf }, maps })
     }
 
     /// Makes the program judge by this goal and nothing else; a wider program is loaded if the goal needs it.
@@ -100,11 +105,21 @@ impl Kernel {
         Ok(self.maps.apply(goal)?)
     }
 
-    /// The maps.
-    pub fn maps(&self) -> &AnyMaps {
-        &self.maps
+    /// The program, and the maps to write to while it is asked.
+    pub fn apart(&mut self) -> (&Judge, &mut AnyMaps) {
+        (&self.judge, &mut self.maps)
     }
 
+    /// [`Judge::verdict`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn verdict(&self, flow: &Flow) -> Result<Verdict, KernelError> {
+        self.judge.verdict(flow)
+    }
+}
+
+impl Judge {
     /// What the program says of the flow's first packet, by BPF_PROG_TEST_RUN.
     ///
     /// # Errors

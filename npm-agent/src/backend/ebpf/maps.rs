@@ -15,7 +15,7 @@ use npm_policy::goal::Goal;
 use super::grace::Grace;
 use super::held::{FamilyWrite, Held, HeldFamily, Limits, Readers, Write};
 use super::lower::{LowerError, Lowered, OfFamily, lower_with};
-use super::plan::{Full, Step, plan};
+use super::plan::{Full, Step, plan, settle};
 use kernel_map::{Entries, KernelMap, Plain};
 
 /// The names of the maps in the object and of their pins.
@@ -82,6 +82,9 @@ pub struct Writes {
     /// Times that it was waited for running programs.
     pub waits: usize,
 }
+
+/// How many writes of one apply the next one may have to do again for the other half.
+const MOST_LEFT_UNSETTLED: usize = 64;
 
 /// The maps of one family.
 struct OneFamily<A: OfFamily + Pod>
@@ -221,10 +224,21 @@ impl<const W: usize> Maps<W> {
 
     fn converge(&mut self, wanted: &Lowered<W>) -> Result<Writes, ApplyError> {
         let steps = plan(&self.held, wanted, &Limits::OBJECT)?;
+        let mut writes = self.perform(&steps)?;
+        // What packets are judged by is in its place. After much of a change the other half follows at once, or the
+        // next change, however small, would have to write it all.
+        if writes.entries > MOST_LEFT_UNSETTLED {
+            let settled = self.perform(&settle(&self.held, &Limits::OBJECT))?;
+            writes.entries += settled.entries;
+            writes.waits += settled.waits;
+        }
+        Ok(writes)
+    }
+
+    fn perform(&mut self, steps: &[Step<W>]) -> Result<Writes, MapsError> {
         let mut writes = Writes::default();
-        let is_empty = steps.is_empty();
         self.is_known = false;
-        for step in &steps {
+        for step in steps {
             match step {
                 Step::Grace => {
                     self.grace.wait().map_err(MapsError::Grace)?;
@@ -239,7 +253,7 @@ impl<const W: usize> Maps<W> {
             }
         }
         self.is_known = true;
-        if !is_empty {
+        if !steps.is_empty() {
             self.grace.begin();
         }
         Ok(writes)

@@ -115,6 +115,24 @@ pub fn plan<const W: usize>(
     Ok(steps)
 }
 
+/// The steps that make both halves what packets are judged by, so that the next plan has only its own changes to write.
+/// Packets see nothing of it.
+pub fn settle<const W: usize>(held: &Held<W>, limits: &Limits) -> Vec<Step<W>> {
+    let half = held.half();
+    // What is in use has room.
+    let of_v4 = FamilyPlan::of(&held.v4, half, &Wanted::in_use(&held.v4, half), limits);
+    let of_v6 = FamilyPlan::of(&held.v6, half, &Wanted::in_use(&held.v6, half), limits);
+    let (Ok(v4), Ok(v6)) = (of_v4, of_v6) else { return Vec::new() };
+    let mut steps: Vec<Step<W>> = wrapped(v4.sweep, Write::V4).collect();
+    steps.extend(wrapped(v6.sweep, Write::V6));
+    steps.extend(wrapped(v4.fill, Write::V4));
+    steps.extend(wrapped(v6.fill, Write::V6));
+    if !steps.is_empty() && held.readers == Readers::Behind {
+        steps.insert(0, Step::Grace);
+    }
+    steps
+}
+
 fn wrapped<A: OfFamily, const W: usize>(
     writes: Vec<FamilyWrite<A>>,
     wrap: impl Fn(FamilyWrite<A>) -> Write<W>,

@@ -15,6 +15,25 @@ pub(super) struct Wanted<A: Address> {
     pub(super) pairs: BTreeMap<A::Pair, u32>,
 }
 
+impl<A: Address> Wanted<A> {
+    /// What is in use.
+    pub(super) fn in_use(held: &HeldFamily<A>, half: usize) -> Self {
+        let known = |address: &A| Some((*address, held.record(address)?.1.halves[half]));
+        let pair = |pair: &A::Pair| Some((*pair, held.pair_record(pair)?.1.rows[half]));
+        let row = |prefix: &Prefix<A>, rows: &[u32; 2]| {
+            let length = prefix.length.checked_sub(1);
+            let shorter = length.and_then(|length| longest(&held.networks, prefix.address, length));
+            let says = shorter.map_or(NOBODY, |(_, rows)| rows[half]);
+            (rows[half] != says).then_some((*prefix, rows[half]))
+        };
+        Self {
+            known: held.places.keys().filter_map(known).filter(|it| it.1 != Known::NOTHING).collect(),
+            networks: held.networks.iter().filter_map(|(prefix, rows)| row(prefix, rows)).collect(),
+            pairs: held.pairs.keys().filter_map(pair).filter(|it| it.1 != NOBODY).collect(),
+        }
+    }
+}
+
 /// What is to be done.
 pub(super) struct FamilyPlan<A: Address> {
     /// Takes out what is not known in the half in use, nor wanted.
