@@ -102,9 +102,6 @@ pub fn plan<const W: usize>(
     steps.extend(wrapped(v4.sweep, Write::V4));
     steps.extend(wrapped(v6.sweep, Write::V6));
     if is_seen {
-        if v4.reuses_swept || v6.reuses_swept {
-            steps.push(Step::Grace);
-        }
         steps.extend(content.writes.into_iter().map(Step::Write));
         steps.extend(wrapped(v4.fill, Write::V4));
         steps.extend(wrapped(v6.fill, Write::V6));

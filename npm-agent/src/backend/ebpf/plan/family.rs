@@ -38,14 +38,20 @@ impl<A: Address> Wanted<A> {
 pub(super) struct FamilyPlan<A: Address> {
     /// Takes out what is not known in the half in use, nor wanted.
     pub(super) sweep: Vec<FamilyWrite<A>>,
-    /// Whether records are filled that were swept.
-    pub(super) reuses_swept: bool,
     /// Makes the other half what is wanted.
     pub(super) fill: Vec<FamilyWrite<A>>,
     /// What may not be seen before the switch.
     pub(super) after: Vec<FamilyWrite<A>>,
     /// Whether packets are judged otherwise than wanted, as long as the halves are not switched.
     pub(super) is_seen: bool,
+}
+
+/// Places that are free, those that were swept last. Whoever reads there still what was swept reads nothing in the half
+/// in use, before and after the place is given away.
+fn free(taken: &BTreeSet<u32>, swept: Vec<u32>, wanted: usize, limit: u32) -> Option<Vec<u32>> {
+    let never_taken = (0..limit).filter(|place| !taken.contains(place));
+    let places: Vec<u32> = never_taken.chain(swept).take(wanted).collect();
+    (places.len() == wanted).then_some(places)
 }
 
 /// Both halves: the one in use, and the other.
@@ -62,13 +68,7 @@ impl<A: Address> FamilyPlan<A> {
         wanted: &Wanted<A>,
         limits: &Limits,
     ) -> Result<Self, Full> {
-        let mut plan = Self {
-            sweep: Vec::new(),
-            reuses_swept: false,
-            fill: Vec::new(),
-            after: Vec::new(),
-            is_seen: false,
-        };
+        let mut plan = Self { sweep: Vec::new(), fill: Vec::new(), after: Vec::new(), is_seen: false };
         plan.records(held, half, wanted, limits.records)?;
         plan.networks(held, half, wanted, limits.networks)?;
         plan.pairs(held, half, wanted, limits.pairs)?;
@@ -109,7 +109,7 @@ impl<A: Address> FamilyPlan<A> {
             }
         }
         let taken: BTreeSet<u32> = held.places.values().copied().collect();
-        let places = self.free(&taken, swept, missing.len(), limit).ok_or(Full {
+        let places = free(&taken, swept, missing.len(), limit).ok_or(Full {
             map: MapName::Records,
             wanted: wanted.known.len(),
             in_use: held.places.len(),
@@ -126,22 +126,6 @@ impl<A: Address> FamilyPlan<A> {
             writes.push(FamilyWrite::Place(address, place));
         }
         Ok(())
-    }
-
-    /// Places that are free, those that were swept last.
-    fn free(
-        &mut self,
-        taken: &BTreeSet<u32>,
-        swept: Vec<u32>,
-        wanted: usize,
-        limit: u32,
-    ) -> Option<Vec<u32>> {
-        let mut places: Vec<u32> = (0..limit).filter(|place| !taken.contains(place)).take(wanted).collect();
-        if places.len() < wanted {
-            self.reuses_swept = true;
-            places.extend(swept.into_iter().take(wanted - places.len()));
-        }
-        (places.len() == wanted).then_some(places)
     }
 
     fn networks(
@@ -213,7 +197,7 @@ impl<A: Address> FamilyPlan<A> {
             }
         }
         let taken: BTreeSet<u32> = held.pairs.values().copied().collect();
-        let places = self.free(&taken, swept, missing.len(), limit).ok_or(Full {
+        let places = free(&taken, swept, missing.len(), limit).ok_or(Full {
             map: MapName::Pairs,
             wanted: wanted.pairs.len(),
             in_use: held.pairs.len(),
