@@ -9,9 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use npm_agent::backend::ebpf::held::{FamilyWrite, Held, HeldFamily, Limits, Readers, Write};
-use npm_agent::backend::ebpf::lower::{Lowered, OfFamily, lower_with};
-use npm_agent::backend::ebpf::plan::{Full, MapName, Step, filled, plan, settle};
-use npm_common::decide::{self, Lookups, Verdict};
+use npm_agent::backend::ebpf::lower::{Lowered, OfFamily, isolated, lower_with};
+use npm_agent::backend::ebpf::plan::{Full, MapName, Step, filled, isolate, plan, settle};
+use npm_common::decide::{self, Judgement, Lookups, Verdict};
 use npm_common::layout::{Address, Bits, Generation, PairRecord, Policy, Record, Segment, V4, V6};
 use npm_policy::compile::Compiler;
 use npm_policy::flow::{Flow, Transport};
@@ -248,7 +248,7 @@ fn walk(
         Ok(steps) => steps,
         Err(_) => {
             add(&seen.full, 1);
-            return Ok(());
+            return strict(held, goal, probes, limits);
         }
     };
     add(&seen.plans, 1);
@@ -324,6 +324,41 @@ fn walk(
             prop_assert!(sweeps, "not settled: {:?}", step_now);
         }
     }
+    Ok(())
+}
+
+/// What a goal does that does not fit: whoever it isolates is, and all else is as it was.
+fn strict(held: &mut Held<W>, goal: &Goal, probes: &[Flow], limits: &Limits) -> Result<(), TestCaseError> {
+    let before: Vec<Verdict> = probes.iter().map(|flow| held.decide(flow)).collect();
+    let Ok(steps) = isolate(held, &isolated(goal), limits) else { return Ok(()) };
+    for now in &steps {
+        step(held, now, limits).map_err(TestCaseError::fail)?;
+    }
+    for (flow, before) in probes.iter().zip(before) {
+        let (now, wanted) = (held.decide(flow), plain(&goal.verdict(flow)));
+        for (now, before, wanted) in
+            [(now.ingress, before.ingress, wanted.ingress), (now.egress, before.egress, wanted.egress)]
+        {
+            let newly = before == Judgement::NotIsolated && wanted != Judgement::NotIsolated;
+            // A pod to itself is not isolated, before and after; the pod that it will be is not known yet.
+            let expected = if newly { Judgement::Denied } else { before };
+            prop_assert!(
+                now == expected || now == Judgement::Denied,
+                "{}: {:?}, not {:?}",
+                flow,
+                now,
+                expected
+            );
+            prop_assert!(
+                now == expected || wanted == Judgement::NotIsolated,
+                "{}: {:?}, not {:?}",
+                flow,
+                now,
+                expected
+            );
+        }
+    }
+    prop_assert_eq!(isolate(held, &isolated(goal), limits), Ok(vec![]));
     Ok(())
 }
 

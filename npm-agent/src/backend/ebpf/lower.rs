@@ -122,6 +122,33 @@ pub fn needed_bits(goal: &Goal) -> usize {
     peers::named(goal).len() + 1
 }
 
+/// The directions that an address is isolated in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Directions {
+    /// Of what comes in.
+    pub ingress: bool,
+    /// Of what goes out.
+    pub egress: bool,
+}
+
+/// Addresses of this node's pods.
+pub type Isolated = BTreeMap<IpAddr, Directions>;
+
+/// Whom a goal isolates, whatever it allows.
+pub fn isolated(goal: &Goal) -> Isolated {
+    let mut isolated = Isolated::new();
+    for (address, (_, programs)) in endpoints(goal, &Numbers::default()) {
+        isolated.insert(
+            address,
+            Directions {
+                ingress: programs.iter().any(|program| program.ingress.is_some()),
+                egress: programs.iter().any(|program| program.egress.is_some()),
+            },
+        );
+    }
+    isolated
+}
+
 /// The isolated addresses, each with its pod's number (from 1) and the programs that select it.
 fn endpoints<'a>(goal: &'a Goal, numbers: &Numbers) -> BTreeMap<IpAddr, (u32, Vec<&'a Program>)> {
     let mut selected: BTreeMap<IpAddr, Vec<&Program>> = BTreeMap::new();

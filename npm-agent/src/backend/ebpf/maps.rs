@@ -14,8 +14,8 @@ use npm_policy::goal::Goal;
 
 use super::grace::Grace;
 use super::held::{FamilyWrite, Held, HeldFamily, Limits, Readers, Write};
-use super::lower::{LowerError, Lowered, OfFamily, lower_with};
-use super::plan::{Full, Step, plan, settle};
+use super::lower::{LowerError, Lowered, OfFamily, isolated, lower_with};
+use super::plan::{Full, Step, isolate, plan, settle};
 use kernel_map::{Entries, KernelMap, Plain};
 
 /// The names of the maps in the object and of their pins.
@@ -60,7 +60,8 @@ pub enum MapsError {
     Grace(#[source] io::Error),
 }
 
-/// Why a goal is not what packets are judged by. What they were judged by before, they are judged by still.
+/// Why a goal is not what packets are judged by. What they were judged by before, they are judged by still, or more
+/// strictly: if the goal does not fit, whoever it isolates and was not isolated is denied everything.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
     /// The goal does not fit into rows of this width.
@@ -173,13 +174,12 @@ impl<const W: usize> Maps<W> {
     /// Makes packets be judged by a goal, with one store when all is ready for it. Writes only what differs.
     ///
     /// # Errors
-    /// Packets are judged as before; the next apply goes on from what is in the maps.
+    /// Packets are judged as before, or as [`ApplyError`] says; the next apply goes on from what is in the maps.
     pub fn apply(&mut self, goal: &Goal) -> Result<Writes, ApplyError> {
         if !self.is_known {
             self.read_back()?;
         }
-        let lowered = lower_with(goal, &self.held.numbers())?;
-        self.converge(&lowered)
+        self.converge(goal)
     }
 
     /// Reads the maps back, repairs what somebody else has changed, and says what that was: one line for people each.
@@ -191,8 +191,7 @@ impl<const W: usize> Maps<W> {
         let was_known = self.is_known;
         self.read_back()?;
         let drift = if was_known { self.held.differences(&meant) } else { Vec::new() };
-        let lowered = lower_with(goal, &self.held.numbers())?;
-        Ok((self.converge(&lowered)?, drift))
+        Ok((self.converge(goal)?, drift))
     }
 
     /// What the maps, as last read or written, say of a flow.
@@ -222,8 +221,17 @@ impl<const W: usize> Maps<W> {
         Ok(())
     }
 
-    fn converge(&mut self, wanted: &Lowered<W>) -> Result<Writes, ApplyError> {
-        let steps = plan(&self.held, wanted, &Limits::OBJECT)?;
+    fn converge(&mut self, goal: &Goal) -> Result<Writes, ApplyError> {
+        let lowered = lower_with(goal, &self.held.numbers()).map_err(ApplyError::Lower);
+        let plan = |lowered: Lowered<W>| Ok(plan(&self.held, &lowered, &Limits::OBJECT)?);
+        let steps = match lowered.and_then(plan) {
+            Ok(steps) => steps,
+            Err(does_not_fit) => {
+                let steps = isolate(&self.held, &isolated(goal), &Limits::OBJECT)?;
+                self.perform(&steps)?;
+                return Err(does_not_fit);
+            }
+        };
         let mut writes = self.perform(&steps)?;
         // What packets are judged by is in its place. After much of a change the other half follows at once, or the
         // next change, however small, would have to write it all.

@@ -20,10 +20,10 @@ mod family;
 use std::collections::BTreeMap;
 use std::fmt;
 
-use npm_common::layout::Known;
+use npm_common::layout::{Known, NOT_ISOLATED, Policy};
 
-use super::held::{FamilyWrite, Held, Limits, Readers, Write};
-use super::lower::{FamilyMaps, Lowered, OfFamily};
+use super::held::{FamilyWrite, Held, HeldFamily, Limits, Readers, Write};
+use super::lower::{FamilyMaps, Isolated, Lowered, OfFamily};
 use content::Content;
 use family::{FamilyPlan, Wanted};
 
@@ -128,6 +128,60 @@ pub fn settle<const W: usize>(held: &Held<W>, limits: &Limits) -> Vec<Step<W>> {
         steps.insert(0, Step::Grace);
     }
     steps
+}
+
+/// The steps for a goal that does not fit: all stays as it is, but whoever the goal isolates in a direction, and is not
+/// isolated there now, is denied everything there.
+///
+/// # Errors
+/// There is not even room for that.
+pub fn isolate<const W: usize>(
+    held: &Held<W>,
+    isolated: &Isolated,
+    limits: &Limits,
+) -> Result<Vec<Step<W>>, Full> {
+    let half = held.half();
+    let used = content::policies_in_use(held);
+    let allows_nobody = |id: &u32| held.policies.get(id).is_none_or(|policy| *policy == Policy::default());
+    let free = || (1..limits.policies).find(|id| !used.contains(id));
+    let there = used.iter().copied().find(|id| *id != NOT_ISOLATED && allows_nobody(id));
+    let in_use = used.len() - 1;
+    let full = Full { map: MapName::Policies, wanted: in_use + 1, in_use, limit: limits.policies };
+    let nothing = there.or_else(free).ok_or(full)?;
+
+    let v4 = FamilyPlan::of(&held.v4, half, &denied(&held.v4, half, isolated, nothing), limits)?;
+    let v6 = FamilyPlan::of(&held.v6, half, &denied(&held.v6, half, isolated, nothing), limits)?;
+    if !v4.is_seen && !v6.is_seen {
+        return Ok(Vec::new());
+    }
+    let mut steps = Vec::new();
+    if held.readers == Readers::Behind {
+        steps.push(Step::Grace);
+    }
+    if !allows_nobody(&nothing) {
+        steps.push(Step::Write(Write::Policy(nothing, Policy::default())));
+    }
+    steps.extend(wrapped(v4.sweep, Write::V4));
+    steps.extend(wrapped(v4.fill, Write::V4));
+    steps.extend(wrapped(v6.sweep, Write::V6));
+    steps.extend(wrapped(v6.fill, Write::V6));
+    steps.push(Step::Write(Write::Generation(1 - (held.generation & 1))));
+    Ok(steps)
+}
+
+/// What is in use, and whoever is to be isolated denied.
+fn denied<A: OfFamily>(held: &HeldFamily<A>, half: usize, isolated: &Isolated, nothing: u32) -> Wanted<A> {
+    let mut wanted = Wanted::in_use(held, half);
+    for (address, directions) in isolated {
+        let Some(address) = A::of(*address) else { continue };
+        let known = wanted.known.get(&address).copied().unwrap_or(Known::NOTHING);
+        let denied = |is_isolated, id| if is_isolated && id == NOT_ISOLATED { nothing } else { id };
+        let ingress = denied(directions.ingress, known.ingress);
+        let egress = denied(directions.egress, known.egress);
+        wanted.known.insert(address, Known { ingress, egress, ..known });
+    }
+    wanted.known.retain(|_, known| *known != Known::NOTHING);
+    wanted
 }
 
 fn wrapped<A: OfFamily, const W: usize>(

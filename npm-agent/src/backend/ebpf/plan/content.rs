@@ -52,6 +52,11 @@ impl InUse {
     }
 }
 
+/// The policies that the half in use leads to, nobody's included.
+pub(super) fn policies_in_use<const W: usize>(held: &Held<W>) -> BTreeSet<u32> {
+    InUse::of(held).policies
+}
+
 /// What tells a policy from others: the row of the rest, whether it names pairs, its segments.
 type PolicyKey = (u32, u32, Vec<(u32, u32, u32)>);
 
