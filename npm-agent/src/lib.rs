@@ -1,5 +1,5 @@
 //! npm-agent as a library: sources, backends, reconcile loop, and the command line over them.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod backend;
 pub mod cli;

@@ -1,31 +1,50 @@
 //! Whether a flow may start: the one function that the kernel's program and user space both run, on whatever holds the
 //! maps.
 //!
-//! It allocates nothing and its loops have constant bounds. Where the maps contradict themselves (an id that leads
-//! nowhere) it denies.
+//! It reads the generation once and then sees one state of the maps, whatever is written meanwhile ([`crate::layout`] says
+//! how). It allocates nothing and its loops have constant bounds. Where the maps contradict themselves (an id that leads
+//! nowhere, a record that stays another's) it denies.
+
+use core::ops::Deref;
 
 use crate::layout::{
-    ANY_PEER, Address, Bits, Endpoint, MAX_SEGMENTS, NOT_ISOLATED, Policy, Segment, position,
+    ANY_PEER, Address, Bits, Generation, Known, MAX_SEGMENTS, NO_POD, NOBODY, NOT_ISOLATED, PairRecord,
+    Policy, Record, Segment, half_of, pick, position,
 };
 use crate::packet::{Fragment, Packet, ParseError};
 
 /// The maps of one family: [`crate::layout`] says what they hold.
 pub trait Lookups<A: Address, const W: usize> {
-    /// The endpoint at an address.
-    fn endpoint(&self, address: &A) -> Option<Endpoint>;
-    /// The peer bits of a pod's address: of the expressions that the pod matches and of the blocks that cover it.
-    fn members(&self, address: &A) -> Option<&Bits<W>>;
-    /// The peer bits of the longest prefix that covers the address: of all blocks that hold it, shorter ones included.
-    fn networks(&self, address: &A) -> Option<&Bits<W>>;
-    /// The peer bits of a port at an address.
-    fn pairs(&self, pair: &A::Pair) -> Option<&Bits<W>>;
+    /// A row as the maps give it.
+    type Row: Deref<Target = Bits<W>>;
+
+    /// The generation that packets use now.
+    fn generation(&self) -> Generation;
+    /// The place of a pod's address.
+    fn place(&self, address: &A) -> Option<u32>;
+    /// The record at a place.
+    fn record(&self, place: u32) -> Option<Record<A>>;
+    /// The rows of the longest prefix that covers the address, by generation: of all blocks that hold it, shorter ones
+    /// included.
+    fn network(&self, address: &A) -> Option<[u32; 2]>;
+    /// The place of a port at an address.
+    fn pair_place(&self, pair: &A::Pair) -> Option<u32>;
+    /// The record at a place of pairs.
+    fn pair_record(&self, place: u32) -> Option<PairRecord<A::Pair>>;
     /// The policy with an id.
     fn policy(&self, id: u32) -> Option<Policy>;
     /// The segment at an index.
     fn segment(&self, index: u32) -> Option<Segment>;
     /// The row at an index.
-    fn row(&self, index: u32) -> Option<&Bits<W>>;
+    fn row(&self, index: u32) -> Option<Self::Row>;
 }
+
+/// How often a record is looked for. That it is another's once says that its place was given away just then; the next
+/// look finds the new place or none.
+const LOOKS: u32 = 4;
+
+/// A record was another's at every look.
+struct Lost;
 
 /// A new connection: source not yet rewritten, destination already translated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,35 +153,67 @@ pub const fn unread(error: ParseError) -> u32 {
 /// What the maps say of a flow. Both directions are judged, whichever of the ends is on this node.
 #[inline(always)]
 pub fn decide<A: Address, const W: usize>(lookups: &impl Lookups<A, W>, flow: &Flow<A>) -> Verdict {
-    let source = lookups.endpoint(&flow.source);
-    let destination = lookups.endpoint(&flow.destination);
-    // An address that is nobody's is judged by nobody; so only a pod can talk to itself here.
-    if let (Some(source), Some(destination)) = (source, destination)
-        && source.pod == destination.pod
-    {
+    let half = half_of(lookups.generation());
+    let (Ok(source), Ok(destination)) =
+        (known(lookups, half, &flow.source), known(lookups, half, &flow.destination))
+    else {
+        return Verdict { ingress: Judgement::Denied, egress: Judgement::Denied };
+    };
+    if source.pod != NO_POD && source.pod == destination.pod {
         return Verdict::FREE;
     }
-    let ingress = match destination {
-        Some(Endpoint { ingress, .. }) if ingress != NOT_ISOLATED => {
-            judge(lookups, ingress, &flow.source, flow)
-        }
-        Some(_) | None => Judgement::NotIsolated,
+    let ingress = match destination.ingress {
+        NOT_ISOLATED => Judgement::NotIsolated,
+        policy => judge(lookups, half, policy, (&flow.source, source.row), flow),
     };
-    let egress = match source {
-        Some(Endpoint { egress, .. }) if egress != NOT_ISOLATED => {
-            judge(lookups, egress, &flow.destination, flow)
-        }
-        Some(_) | None => Judgement::NotIsolated,
+    let egress = match source.egress {
+        NOT_ISOLATED => Judgement::NotIsolated,
+        policy => judge(lookups, half, policy, (&flow.destination, destination.row), flow),
     };
     Verdict { ingress, egress }
 }
 
-/// What a policy says of a flow with this peer.
+/// What is known of an address.
+#[inline(always)]
+fn known<A: Address, const W: usize>(
+    lookups: &impl Lookups<A, W>,
+    half: usize,
+    address: &A,
+) -> Result<Known, Lost> {
+    for _ in 0..LOOKS {
+        let Some(place) = lookups.place(address) else { return Ok(Known::NOTHING) };
+        let Some(record) = lookups.record(place) else { return Err(Lost) };
+        if record.address.is(address) {
+            return Ok(pick(record.halves, half));
+        }
+    }
+    Err(Lost)
+}
+
+/// The row of a port at an address.
+#[inline(always)]
+fn pair_row<A: Address, const W: usize>(
+    lookups: &impl Lookups<A, W>,
+    half: usize,
+    pair: &A::Pair,
+) -> Result<u32, Lost> {
+    for _ in 0..LOOKS {
+        let Some(place) = lookups.pair_place(pair) else { return Ok(NOBODY) };
+        let Some(record) = lookups.pair_record(place) else { return Err(Lost) };
+        if A::is_pair(&record.pair, pair) {
+            return Ok(pick(record.rows, half));
+        }
+    }
+    Err(Lost)
+}
+
+/// What a policy says of a flow with this peer: its address, and the row that is known of it.
 #[inline(always)]
 fn judge<A: Address, const W: usize>(
     lookups: &impl Lookups<A, W>,
+    half: usize,
     policy: u32,
-    peer: &A,
+    (peer, known): (&A, u32),
     flow: &Flow<A>,
 ) -> Judgement {
     let Some(policy) = lookups.policy(policy) else { return Judgement::Denied };
@@ -176,15 +227,22 @@ fn judge<A: Address, const W: usize>(
     if row[ANY_PEER / 64] & 1 << (ANY_PEER % 64) != 0 {
         return Judgement::Allowed;
     }
-    if let Some(bits) = lookups.members(peer).or_else(|| lookups.networks(peer))
-        && meet(row, bits)
+    let of_peer = match known {
+        NOBODY => lookups.network(peer).map_or(NOBODY, |rows| pick(rows, half)),
+        known => known,
+    };
+    if of_peer != NOBODY
+        && let Some(bits) = lookups.row(of_peer)
+        && meet(&row, &bits)
     {
         return Judgement::Allowed;
     }
     if policy.pairs != 0
         && let Some((protocol, port)) = flow.port
-        && let Some(bits) = lookups.pairs(&flow.destination.pair(protocol, port))
-        && meet(row, bits)
+        && let Ok(of_pair) = pair_row(lookups, half, &flow.destination.pair(protocol, port))
+        && of_pair != NOBODY
+        && let Some(bits) = lookups.row(of_pair)
+        && meet(&row, &bits)
     {
         return Judgement::Allowed;
     }

@@ -8,37 +8,50 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap};
 use npm_common::decide::Lookups;
+#[cfg(not(feature = "wide"))]
+use npm_common::layout::NARROW_WORDS as WORDS;
+#[cfg(feature = "wide")]
+use npm_common::layout::WIDE_WORDS as WORDS;
 use npm_common::layout::{
-    Address, Bits, Endpoint, MAX_ENDPOINTS, MAX_MEMBERS, MAX_NETWORKS, MAX_PAIRS, MAX_POLICIES, MAX_ROWS,
-    MAX_SEGMENTS, Policy, Segment, V4, V6, WORDS,
+    Address, Bits, Generation, MAX_NETWORKS, MAX_PAIRS, MAX_POLICIES, MAX_RECORDS, MAX_ROWS, MAX_SEGMENTS,
+    Meaning, PairRecord, Policy, Record, Segment, V4, V6,
 };
 
 type Row = Bits<WORDS>;
+type PairV4 = <V4 as Address>::Pair;
+type PairV6 = <V6 as Address>::Pair;
 
 #[map]
-static ENDPOINTS_V4: HashMap<V4, Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
+static GENERATION: Array<Generation> = Array::with_max_entries(1, 0);
+/// Of user space alone: what each bit means, for a process that finds the maps.
 #[map]
-static ENDPOINTS_V6: HashMap<V6, Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
-#[map]
-static MEMBERS_V4: HashMap<V4, Row> = HashMap::with_max_entries(MAX_MEMBERS, BPF_F_NO_PREALLOC);
-#[map]
-static MEMBERS_V6: HashMap<V6, Row> = HashMap::with_max_entries(MAX_MEMBERS, BPF_F_NO_PREALLOC);
-#[map]
-static NETWORKS_V4: LpmTrie<V4, Row> = LpmTrie::with_max_entries(MAX_NETWORKS, 0);
-#[map]
-static NETWORKS_V6: LpmTrie<V6, Row> = LpmTrie::with_max_entries(MAX_NETWORKS, 0);
-#[map]
-static PAIRS_V4: HashMap<<V4 as Address>::Pair, Row> =
-    HashMap::with_max_entries(MAX_PAIRS, BPF_F_NO_PREALLOC);
-#[map]
-static PAIRS_V6: HashMap<<V6 as Address>::Pair, Row> =
-    HashMap::with_max_entries(MAX_PAIRS, BPF_F_NO_PREALLOC);
+static MEANINGS: Array<Meaning> = Array::with_max_entries(WORDS as u32 * 64, 0);
 #[map]
 static POLICIES: Array<Policy> = Array::with_max_entries(MAX_POLICIES, 0);
 #[map]
 static SEGMENTS: Array<Segment> = Array::with_max_entries(MAX_SEGMENTS, 0);
 #[map]
 static ROWS: Array<Row> = Array::with_max_entries(MAX_ROWS, 0);
+#[map]
+static PLACES_V4: HashMap<V4, u32> = HashMap::with_max_entries(MAX_RECORDS, BPF_F_NO_PREALLOC);
+#[map]
+static PLACES_V6: HashMap<V6, u32> = HashMap::with_max_entries(MAX_RECORDS, BPF_F_NO_PREALLOC);
+#[map]
+static RECORDS_V4: Array<Record<V4>> = Array::with_max_entries(MAX_RECORDS, 0);
+#[map]
+static RECORDS_V6: Array<Record<V6>> = Array::with_max_entries(MAX_RECORDS, 0);
+#[map]
+static NETWORKS_V4: LpmTrie<V4, [u32; 2]> = LpmTrie::with_max_entries(MAX_NETWORKS, 0);
+#[map]
+static NETWORKS_V6: LpmTrie<V6, [u32; 2]> = LpmTrie::with_max_entries(MAX_NETWORKS, 0);
+#[map]
+static PAIRS_V4: HashMap<PairV4, u32> = HashMap::with_max_entries(MAX_PAIRS, BPF_F_NO_PREALLOC);
+#[map]
+static PAIRS_V6: HashMap<PairV6, u32> = HashMap::with_max_entries(MAX_PAIRS, BPF_F_NO_PREALLOC);
+#[map]
+static PAIR_RECORDS_V4: Array<PairRecord<PairV4>> = Array::with_max_entries(MAX_PAIRS, 0);
+#[map]
+static PAIR_RECORDS_V6: Array<PairRecord<PairV6>> = Array::with_max_entries(MAX_PAIRS, 0);
 
 /// The maps of IPv4.
 pub(crate) struct Ipv4;
@@ -46,26 +59,40 @@ pub(crate) struct Ipv4;
 pub(crate) struct Ipv6;
 
 macro_rules! lookups {
-    ($family:ty, $address:ty, $endpoints:ident, $members:ident, $networks:ident, $pairs:ident) => {
+    ($family:ty, $address:ty, $places:ident, $records:ident, $networks:ident, $pairs:ident, $pair_records:ident) => {
         impl Lookups<$address, WORDS> for $family {
+            type Row = &'static Row;
+
             #[inline(always)]
-            fn endpoint(&self, address: &$address) -> Option<Endpoint> {
-                // SAFETY: the kernel keeps a value that was found until the program has ended.
-                unsafe { $endpoints.get(address) }.copied()
+            fn generation(&self) -> Generation {
+                match GENERATION.get_ptr(0) {
+                    // SAFETY: the kernel gave the pointer, and the map lives as long as the program. Volatile, because
+                    // user space writes it meanwhile: it is read once.
+                    Some(generation) => unsafe { generation.read_volatile() },
+                    None => 0,
+                }
             }
             #[inline(always)]
-            fn members(&self, address: &$address) -> Option<&Row> {
-                // SAFETY: the kernel keeps a value that was found until the program has ended.
-                unsafe { $members.get(address) }
+            fn place(&self, address: &$address) -> Option<u32> {
+                // SAFETY: the value may be another key's by now: whoever asks looks at whose record it leads to.
+                unsafe { $places.get(address) }.copied()
             }
             #[inline(always)]
-            fn networks(&self, address: &$address) -> Option<&Row> {
-                $networks.get(Key::new(<$address as Address>::BITS, *address))
+            fn record(&self, place: u32) -> Option<Record<$address>> {
+                $records.get(place).copied()
             }
             #[inline(always)]
-            fn pairs(&self, pair: &<$address as Address>::Pair) -> Option<&Row> {
-                // SAFETY: the kernel keeps a value that was found until the program has ended.
-                unsafe { $pairs.get(pair) }
+            fn network(&self, address: &$address) -> Option<[u32; 2]> {
+                $networks.get(Key::new(<$address as Address>::BITS, *address)).copied()
+            }
+            #[inline(always)]
+            fn pair_place(&self, pair: &<$address as Address>::Pair) -> Option<u32> {
+                // SAFETY: as for places.
+                unsafe { $pairs.get(pair) }.copied()
+            }
+            #[inline(always)]
+            fn pair_record(&self, place: u32) -> Option<PairRecord<<$address as Address>::Pair>> {
+                $pair_records.get(place).copied()
             }
             #[inline(always)]
             fn policy(&self, id: u32) -> Option<Policy> {
@@ -76,12 +103,12 @@ macro_rules! lookups {
                 SEGMENTS.get(index).copied()
             }
             #[inline(always)]
-            fn row(&self, index: u32) -> Option<&Row> {
+            fn row(&self, index: u32) -> Option<&'static Row> {
                 ROWS.get(index)
             }
         }
     };
 }
 
-lookups!(Ipv4, V4, ENDPOINTS_V4, MEMBERS_V4, NETWORKS_V4, PAIRS_V4);
-lookups!(Ipv6, V6, ENDPOINTS_V6, MEMBERS_V6, NETWORKS_V6, PAIRS_V6);
+lookups!(Ipv4, V4, PLACES_V4, RECORDS_V4, NETWORKS_V4, PAIRS_V4, PAIR_RECORDS_V4);
+lookups!(Ipv6, V6, PLACES_V6, RECORDS_V6, NETWORKS_V6, PAIRS_V6, PAIR_RECORDS_V6);

@@ -4,7 +4,9 @@
 
 use anyhow::{Result, ensure};
 use npm_agent::backend::Backend;
+use npm_agent::backend::ebpf::held::Limits;
 use npm_agent::backend::ebpf::lower::{Lowered, lower};
+use npm_agent::backend::ebpf::plan::filled;
 use npm_agent::backend::iptables::variant::Variant;
 use npm_agent::backend::iptables::{Iptables, Options};
 use npm_tests::bench::lane::{Lane, measure};
@@ -23,8 +25,9 @@ fn the_world_is_as_described() -> Result<()> {
         let flows = all_flows(&world, 20, 1)?;
         ensure!(flows == all_flows(&BenchWorld::make(size)?, 20, 1)?, "another world than the first time");
         let lowered: Lowered = lower(&world.goal)?;
+        let maps = filled(&lowered, &Limits::OBJECT)?;
         for flow in flows.values().flatten() {
-            ensure!(plain(&world.goal.verdict(flow)) == lowered.decide(flow), "{flow}");
+            ensure!(plain(&world.goal.verdict(flow)) == maps.decide(flow), "{flow}");
         }
     }
     Ok(())

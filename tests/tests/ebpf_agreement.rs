@@ -5,9 +5,11 @@
 
 use std::cell::Cell;
 
+use npm_agent::backend::ebpf::held::{Held, Limits};
 use npm_agent::backend::ebpf::lower::{LowerError, Lowered, lower};
+use npm_agent::backend::ebpf::plan::filled;
 use npm_common::decide::Judgement;
-use npm_common::layout::WORDS;
+use npm_common::layout::NARROW_WORDS;
 use npm_policy::goal::Goal;
 use npm_tests::opinions::{goals, plain};
 use npm_tests::property::check;
@@ -17,8 +19,10 @@ use proptest::prelude::*;
 
 const REGRESSIONS: &str = regressions!("ebpf_agreement.txt");
 
-fn lowered(goal: &Goal) -> Result<Lowered, TestCaseError> {
-    lower(goal).map_err(|error| TestCaseError::fail(error.to_string()))
+/// The maps that were empty, filled with what the goal says.
+fn maps(goal: &Goal) -> Result<Held<NARROW_WORDS>, TestCaseError> {
+    let lowered = lower(goal).map_err(|error| TestCaseError::fail(error.to_string()))?;
+    filled(&lowered, &Limits::OBJECT).map_err(|full| TestCaseError::fail(full.to_string()))
 }
 
 #[test]
@@ -27,10 +31,10 @@ fn the_lowered_maps_say_what_the_goal_says() {
     check(REGRESSIONS, "lowered = goal", 1500, (world(), any::<u64>()), |(changes, seed)| {
         let world = world_of(changes);
         for (node, goal) in goals(&world) {
-            let lowered = lowered(&goal)?;
+            let maps = maps(&goal)?;
             for flow in flows(&world, 100, seed) {
                 let expected = plain(&goal.verdict(&flow));
-                prop_assert_eq!(expected, lowered.decide(&flow), "{} on {}", flow, node);
+                prop_assert_eq!(expected, maps.decide(&flow), "{} on {}", flow, node);
                 let free = Judgement::NotIsolated;
                 isolated.set(isolated.get() + u32::from((expected.ingress, expected.egress) != (free, free)));
                 denied.set(denied.get() + u32::from(!expected.allows()));
@@ -52,9 +56,9 @@ fn long_lists_are_lowered_whole() {
             // Wide rows: the lists name more peers than 1,023.
             let lowered: Lowered<64> =
                 lower(&goal).map_err(|error| TestCaseError::fail(error.to_string()))?;
-            let wider = lowered.bits.len() > 64 * WORDS;
-            match lower::<WORDS>(&goal) {
-                Ok(_) => prop_assert!(!wider, "{} bits in {} words", lowered.bits.len(), WORDS),
+            let wider = lowered.bits.len() > 64 * NARROW_WORDS;
+            match lower::<NARROW_WORDS>(&goal) {
+                Ok(_) => prop_assert!(!wider, "{} bits in {} words", lowered.bits.len(), NARROW_WORDS),
                 Err(error) => prop_assert!(wider && matches!(error, LowerError::Peers { .. }), "{}", error),
             }
             println!(
@@ -64,8 +68,10 @@ fn long_lists_are_lowered_whole() {
                 lowered.policies.len(),
                 lowered.segments.len()
             );
+            let maps =
+                filled(&lowered, &Limits::OBJECT).map_err(|full| TestCaseError::fail(full.to_string()))?;
             for flow in flows(&world, 1000, seed) {
-                prop_assert_eq!(plain(&goal.verdict(&flow)), lowered.decide(&flow), "{} on {}", flow, node);
+                prop_assert_eq!(plain(&goal.verdict(&flow)), maps.decide(&flow), "{} on {}", flow, node);
             }
         }
         Ok(())

@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use npm_agent::backend::ebpf::kernel::Kernel;
-use npm_agent::backend::ebpf::lower::{decision, lower};
+use npm_agent::backend::ebpf::lower::{Lowered, decision, lower};
+use npm_agent::backend::ebpf::width::Width;
 use npm_agent::backend::iptables::render::Rendered;
 use npm_policy::flow::Decision;
 use npm_policy::verdict::oracle;
@@ -29,7 +30,7 @@ fn oracle_goal_iptables_and_the_kernel_agree() {
     if !npm_tests::lab::require_root() {
         return;
     }
-    let kernel = RefCell::new(Kernel::load().expect("the program loads"));
+    let kernel = RefCell::new(Kernel::load(Width::Narrow).expect("the program loads"));
     let (verdicts, denied) = (Cell::new(0u32), Cell::new(0u32));
     let (filling, asking) = (Cell::new(Duration::ZERO), Cell::new(Duration::ZERO));
     let strategy = (world().prop_map(everybody_has_a_node), any::<u64>());
@@ -40,10 +41,9 @@ fn oracle_goal_iptables_and_the_kernel_agree() {
         let flows = flows(&world, 520, seed);
         let mut by_kernel = vec![Decision::Allow; flows.len()];
         for (node, goal) in &goals {
-            let lowered = lower(goal).map_err(|error| TestCaseError::fail(error.to_string()))?;
             let mut kernel = kernel.borrow_mut();
             let began = Instant::now();
-            kernel.fill(&lowered).map_err(|error| TestCaseError::fail(format!("{error:?}")))?;
+            kernel.fill(goal).map_err(|error| TestCaseError::fail(format!("{error:?}")))?;
             filling.set(filling.get() + began.elapsed());
             let began = Instant::now();
             let answers: Result<Vec<_>, _> = flows.iter().map(|flow| kernel.verdict(flow)).collect();
@@ -81,7 +81,7 @@ fn long_lists_are_judged_whole() {
     if !npm_tests::lab::require_root() {
         return;
     }
-    let kernel = RefCell::new(Kernel::load().expect("the program loads"));
+    let kernel = RefCell::new(Kernel::load(Width::Narrow).expect("the program loads"));
     let most = Cell::new((0, 0));
     check(REGRESSIONS, "crowds in the kernel", 4, (crowd(), any::<u64>()), |(changes, seed)| {
         // As many policies as the program's rows have bits for.
@@ -92,11 +92,11 @@ fn long_lists_are_judged_whole() {
         let world = world_of(changes.into_iter().filter(few));
         let mut kernel = kernel.borrow_mut();
         for (node, goal) in goals(&world) {
-            let lowered = lower(&goal).map_err(|error| TestCaseError::fail(error.to_string()))?;
+            let lowered: Lowered = lower(&goal).map_err(|error| TestCaseError::fail(error.to_string()))?;
             let (bits, segments) = (lowered.bits.len(), lowered.segments.len());
             most.set((most.get().0.max(bits), most.get().1.max(segments)));
-            let writes = kernel.fill(&lowered).map_err(|error| TestCaseError::fail(format!("{error:?}")))?;
-            println!("{node}: {bits} bits, {segments} segments, {writes} writes");
+            let writes = kernel.fill(&goal).map_err(|error| TestCaseError::fail(format!("{error:?}")))?;
+            println!("{node}: {bits} bits, {segments} segments, {writes:?}");
             for flow in flows(&world, 2000, seed) {
                 let answer =
                     kernel.verdict(&flow).map_err(|error| TestCaseError::fail(format!("{error:?}")))?;

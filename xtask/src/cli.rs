@@ -34,7 +34,7 @@ enum Task {
         #[arg(long)]
         ebpf: bool,
     },
-    /// Build npm-ebpf and write the committed object npm-ebpf/npm-ebpf.o
+    /// Build npm-ebpf and write the committed objects npm-ebpf/npm-ebpf.o and npm-ebpf-wide.o
     Ebpf {
         /// Rebuild and compare with the committed object instead of writing it
         #[arg(long)]

@@ -1,12 +1,13 @@
 //! Builds npm-ebpf, writes the object that is committed, and checks that the committed one is what the sources give.
 //!
 //! ```text
-//! npm-ebpf/src ─► cargo, -Z build-std=core ─► bpf-linker ─► strip ─► npm-ebpf/npm-ebpf.o
+//! npm-ebpf/src ─► cargo, -Z build-std=core ─► bpf-linker ─► strip ─► npm-ebpf/npm-ebpf.o, npm-ebpf-wide.o
 //!      └───────────────────── SHA-256 ─────────────────────────────► npm-ebpf/npm-ebpf.sha256
 //! ```
 //!
-//! The object is committed so that building the agent needs no eBPF toolchain. Its bytes depend on the sources and on
-//! the pinned rustc only, wherever the tree lies. The hashes serve where the toolchain can't be had.
+//! The two objects differ in the width of their rows: the feature `wide`. They are committed so that building the agent
+//! needs no eBPF toolchain. Their bytes depend on the sources and on the pinned rustc only, wherever the tree lies. The
+//! hashes serve where the toolchain can't be had.
 
 use std::env;
 use std::fmt::Write as _;
@@ -21,7 +22,9 @@ use crate::tree::Tree;
 use crate::{bpf_linker, bpf_object, rust_src};
 
 const TARGET: &str = "bpfel-unknown-none";
-const OBJECT: &str = "npm-ebpf/npm-ebpf.o";
+/// The committed objects, and the cargo features of each.
+const OBJECTS: [(&str, &[&str]); 2] =
+    [("npm-ebpf/npm-ebpf.o", &[]), ("npm-ebpf/npm-ebpf-wide.o", &["--features", "wide"])];
 const HASHES: &str = "npm-ebpf/npm-ebpf.sha256";
 /// What the object is made from, files and directories, relative to the top of the tree.
 const INPUTS: &[&str] = &[
@@ -50,37 +53,55 @@ pub(crate) fn prepare(tree: &Tree, sink: &Sink) -> Result<Toolchain> {
     Ok(Toolchain { library, linker_directory })
 }
 
-/// Builds the object, writes it and its hashes, and gives a line that says so.
+/// An object and its bytes.
+type Object = (&'static str, Vec<u8>);
+
+/// Builds the objects, writes them and their hashes, and gives a line that says so.
 ///
 /// # Errors
-/// When it can't be built or written. The committed files are then as before, or both must be written again.
+/// When they can't be built or written. The committed files are then as before, or all must be written again.
 pub(crate) fn write(tree: &Tree, sink: &Sink) -> Result<String> {
-    let object = build(tree, &prepare(tree, sink)?, sink)?;
-    fs::write(tree.root.join(OBJECT), &object).with_context(|| format!("writing {OBJECT}"))?;
-    fs::write(tree.root.join(HASHES), hashes(tree, &object)?).with_context(|| format!("writing {HASHES}"))?;
-    Ok(format!("{OBJECT}: {} bytes", object.len()))
+    let objects = build(tree, &prepare(tree, sink)?, sink)?;
+    for (name, bytes) in &objects {
+        fs::write(tree.root.join(name), bytes).with_context(|| format!("writing {name}"))?;
+    }
+    fs::write(tree.root.join(HASHES), hashes(tree, &objects)?)
+        .with_context(|| format!("writing {HASHES}"))?;
+    Ok(sizes(&objects))
 }
 
-/// Compares the committed object with what the sources give; gives a line that says how they were compared.
+fn sizes(objects: &[Object]) -> String {
+    let sizes: Vec<String> =
+        objects.iter().map(|(name, bytes)| format!("{name}: {} bytes", bytes.len())).collect();
+    sizes.join(", ")
+}
+
+/// Compares the committed objects with what the sources give; gives a line that says how they were compared.
 ///
 /// # Errors
-/// When they differ, or the object can't be built though its toolchain is there.
+/// When they differ, or an object can't be built though its toolchain is there.
 pub(crate) fn check(tree: &Tree, sink: &Sink) -> Result<String> {
-    let committed = fs::read(tree.root.join(OBJECT)).with_context(|| format!("reading {OBJECT}"))?;
+    let read =
+        |(name, _)| Ok((name, fs::read(tree.root.join(name)).with_context(|| format!("reading {name}"))?));
+    let committed: Vec<Object> = OBJECTS.into_iter().map(read).collect::<Result<_>>()?;
     let recorded = fs::read_to_string(tree.root.join(HASHES)).with_context(|| format!("reading {HASHES}"))?;
     if recorded != hashes(tree, &committed)? {
-        bail!("{HASHES} does not belong to {OBJECT} and its sources: run `cargo xtask ebpf` and commit both");
+        bail!(
+            "{HASHES} does not belong to the objects and their sources: run `cargo xtask ebpf`, commit all"
+        );
     }
     match prepare(tree, sink) {
         Ok(toolchain) => {
-            if build(tree, &toolchain, sink)? != committed {
-                bail!("{OBJECT} is not what its sources give: run `cargo xtask ebpf` and commit it");
+            for ((name, built), (_, committed)) in build(tree, &toolchain, sink)?.iter().zip(&committed) {
+                if built != committed {
+                    bail!("{name} is not what its sources give: run `cargo xtask ebpf` and commit it");
+                }
             }
-            Ok(format!("{OBJECT} rebuilt: the same {} bytes", committed.len()))
+            Ok(format!("rebuilt and the same: {}", sizes(&committed)))
         }
         Err(error) => Ok(format!(
-            "WARNING: {OBJECT} WAS NOT REBUILT, because the eBPF toolchain can't be had here. Only the hashes of the \
-             object and of its sources were compared; they match {HASHES}.\n{error:#}"
+            "WARNING: THE eBPF OBJECTS WERE NOT REBUILT, because their toolchain can't be had here. Only the hashes of \
+             the objects and of their sources were compared; they match {HASHES}.\n{error:#}"
         )),
     }
 }
@@ -92,7 +113,10 @@ pub(crate) fn check(tree: &Tree, sink: &Sink) -> Result<String> {
 pub(crate) fn lint(tree: &Tree, sink: &Sink) -> Result<Option<String>> {
     match prepare(tree, sink) {
         Ok(toolchain) => {
-            cargo(tree, &toolchain, "clippy", &["--", "-D", "warnings"], sink)?;
+            for (_, features) in OBJECTS {
+                let more = [features, &["--", "-D", "warnings"]].concat();
+                cargo(tree, &toolchain, "clippy", &more, sink)?;
+            }
             Ok(None)
         }
         Err(error) => Ok(Some(format!("WARNING: npm-ebpf WAS NOT LINTED: {error:#}"))),
@@ -125,12 +149,15 @@ fn build_directory(tree: &Tree) -> PathBuf {
     tree.root.join("npm-ebpf/target")
 }
 
-/// Builds, links and strips; gives the object's bytes.
-fn build(tree: &Tree, toolchain: &Toolchain, sink: &Sink) -> Result<Vec<u8>> {
-    cargo(tree, toolchain, "build", &[], sink).context("building npm-ebpf")?;
-    let linked = build_directory(tree).join(TARGET).join("release/npm-ebpf");
-    let linked = fs::read(&linked).with_context(|| format!("reading {}", linked.display()))?;
-    bpf_object::strip(&linked)
+/// Builds, links and strips each object.
+fn build(tree: &Tree, toolchain: &Toolchain, sink: &Sink) -> Result<Vec<Object>> {
+    let build = |(name, features): (&'static str, &[&str])| {
+        cargo(tree, toolchain, "build", features, sink).with_context(|| format!("building {name}"))?;
+        let linked = build_directory(tree).join(TARGET).join("release/npm-ebpf");
+        let linked = fs::read(&linked).with_context(|| format!("reading {}", linked.display()))?;
+        Ok((name, bpf_object::strip(&linked)?))
+    };
+    OBJECTS.into_iter().map(build).collect()
 }
 
 /// rustc's flags: BTF, and no path of this machine in the object.
@@ -173,13 +200,16 @@ fn registry_sources() -> Result<Vec<PathBuf>> {
 }
 
 /// The text of the hashes' file: in the form that `sha256sum` prints.
-fn hashes(tree: &Tree, object: &[u8]) -> Result<String> {
+fn hashes(tree: &Tree, objects: &[Object]) -> Result<String> {
     let mut files = Vec::new();
     for input in INPUTS {
         collect(&tree.root, &tree.root.join(input), &mut files)?;
     }
     files.sort_unstable();
-    let mut text = format!("{}  {OBJECT}\n", hex(object));
+    let mut text = String::new();
+    for (name, bytes) in objects {
+        writeln!(text, "{}  {name}", hex(bytes)).context("writing to a string")?;
+    }
     for file in files {
         let bytes = fs::read(tree.root.join(&file)).with_context(|| format!("reading {file}"))?;
         writeln!(text, "{}  {file}", hex(&bytes)).context("writing to a string")?;
@@ -230,11 +260,12 @@ mod tests {
             fs::create_dir_all(file.parent().unwrap()).unwrap();
             fs::write(file, input).unwrap();
         }
-        let before = hashes(&tree, b"object").unwrap();
-        assert_eq!(before.lines().count(), 1 + INPUTS.len());
-        assert_eq!(before, hashes(&tree, b"object").unwrap());
-        assert_ne!(before, hashes(&tree, b"another").unwrap());
+        let objects = |wide: &[u8]| vec![("narrow", b"object".to_vec()), ("wide", wide.to_vec())];
+        let before = hashes(&tree, &objects(b"object")).unwrap();
+        assert_eq!(before.lines().count(), 2 + INPUTS.len());
+        assert_eq!(before, hashes(&tree, &objects(b"object")).unwrap());
+        assert_ne!(before, hashes(&tree, &objects(b"another")).unwrap());
         fs::write(tree.root.join("npm-common/src/new.rs"), "").unwrap();
-        assert_ne!(before, hashes(&tree, b"object").unwrap());
+        assert_ne!(before, hashes(&tree, &objects(b"object")).unwrap());
     }
 }

@@ -1,15 +1,21 @@
 //! The eBPF engine: the same verdicts, from maps that the kernel looks up.
 //!
 //! ```text
-//! Goal ── lower ──► maps as data ── kernel ──► BPF maps ─► the program `verdict`, run by BPF_PROG_TEST_RUN
-//!                        │                                        ▲
-//!                        └── decide, in user space ───────────────┴── npm_common::decide, one function
+//! Goal ── lower ──► what maps must hold ── plan ──► single writes ── maps ──► BPF maps ─► programs that look them up
+//!                                          ▲                           │                     │
+//!                                        Held ◄──── read back ─────────┘                     ▼
+//!                                          └── decide, in user space ──────── npm_common::decide, one function
 //! ```
 //!
 //! It judges and does not enforce: nothing is attached or pinned, and the maps are gone with the process.
 
+pub mod any_maps;
+mod grace;
+pub mod held;
 pub mod kernel;
 pub mod lower;
-mod maps;
+pub mod maps;
 mod packet;
+pub mod plan;
+pub mod width;
 pub mod words;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
-use npm_common::layout::WORDS;
+use npm_common::layout::WIDE_WORDS;
 use npm_policy::compile::compile;
 use npm_policy::goal::{Family, Goal};
 use npm_policy::world::World;
@@ -94,7 +94,7 @@ fn heading(node: &str, goal: &Goal) -> String {
 }
 
 fn ebpf_text(node: &str, goal: &Goal, families: &[Family]) -> anyhow::Result<String> {
-    let lowered = lower::lower::<WORDS>(goal).context("filling the eBPF maps")?;
+    let lowered = lower::lower::<WIDE_WORDS>(goal).context("filling the eBPF maps")?;
     Ok(heading(node, goal) + &words::text(goal, &lowered, families))
 }
 

@@ -12,8 +12,10 @@ use npm_policy::model::{Pod, PodKey};
 use npm_policy::verdict::oracle;
 use npm_policy::world::{Change, World};
 
-use crate::backend::ebpf::kernel::Kernel;
-use crate::backend::ebpf::lower::{decision, lower};
+use crate::backend::ebpf::kernel::{Kernel, KernelError};
+use crate::backend::ebpf::lower::decision;
+use crate::backend::ebpf::maps::ApplyError;
+use crate::backend::ebpf::width::Width;
 use crate::backend::iptables::render::{Rendered, RenderedError};
 
 use super::{Cell, Endpoint, Engine, Matrix, MatrixError, Probe, Request, Rows, endpoints, picked_probes};
@@ -68,7 +70,7 @@ impl Evaluator {
     fn kernel(&mut self) -> Result<&mut Kernel, MatrixError> {
         let kernel = match self.kernel.take() {
             Some(kernel) => kernel,
-            None => Kernel::load()?,
+            None => Kernel::load(Width::Narrow)?,
         };
         Ok(self.kernel.insert(kernel))
     }
@@ -139,9 +141,13 @@ impl Question<'_> {
         let world = apart(self.world);
         let denied = self.nodes(&world).into_iter().map(|(holder, places)| {
             let Some(goal) = goal_of(&world, holder) else { return Ok(Vec::new()) };
-            let lowered =
-                lower(&goal).map_err(|source| MatrixError::Lowered { pod: holder.clone(), source })?;
-            kernel.fill(&lowered)?;
+            match kernel.fill(&goal) {
+                Ok(_) => {}
+                Err(KernelError::Apply(ApplyError::Lower(source))) => {
+                    return Err(MatrixError::Lowered { pod: holder.clone(), source });
+                }
+                Err(error) => return Err(MatrixError::Kernel(error)),
+            }
             Ok(self.denied_by(|flow| kernel.verdict(flow).map(decision), &places)?)
         });
         self.decisions(denied)

@@ -2,6 +2,7 @@
 
 extern crate std;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::vec;
 use std::vec::Vec;
@@ -9,30 +10,54 @@ use std::vec::Vec;
 use super::*;
 use crate::layout::V4;
 
+/// Addresses have places in their order; a reader is sent astray as often as `astray` says.
 #[derive(Default)]
 struct Maps {
-    endpoints: BTreeMap<V4, Endpoint>,
-    members: BTreeMap<V4, Bits<1>>,
+    generation: Generation,
+    records: BTreeMap<V4, [Known; 2]>,
     /// Covers every address.
-    network: Option<Bits<1>>,
-    pairs: BTreeMap<[u8; 8], Bits<1>>,
+    network: Option<[u32; 2]>,
+    pairs: BTreeMap<[u8; 8], [u32; 2]>,
     policies: Vec<Policy>,
     segments: Vec<Segment>,
     rows: Vec<Bits<1>>,
+    astray: Cell<u32>,
 }
 
-impl Lookups<V4, 1> for Maps {
-    fn endpoint(&self, address: &V4) -> Option<Endpoint> {
-        self.endpoints.get(address).copied()
+impl Maps {
+    /// The place, or the next one while readers go astray.
+    fn index<K: Ord>(&self, keys: &BTreeMap<K, impl Sized>, key: &K) -> Option<u32> {
+        let place = u32::try_from(keys.keys().position(|it| it == key)?).unwrap();
+        if self.astray.get() > 0 {
+            self.astray.set(self.astray.get() - 1);
+            return Some((place + 1) % keys.len() as u32);
+        }
+        Some(place)
     }
-    fn members(&self, address: &V4) -> Option<&Bits<1>> {
-        self.members.get(address)
+}
+
+impl<'a> Lookups<V4, 1> for &'a Maps {
+    type Row = &'a Bits<1>;
+
+    fn generation(&self) -> Generation {
+        self.generation
     }
-    fn networks(&self, _: &V4) -> Option<&Bits<1>> {
-        self.network.as_ref()
+    fn place(&self, address: &V4) -> Option<u32> {
+        self.index(&self.records, address)
     }
-    fn pairs(&self, pair: &[u8; 8]) -> Option<&Bits<1>> {
-        self.pairs.get(pair)
+    fn record(&self, place: u32) -> Option<Record<V4>> {
+        let (address, halves) = self.records.iter().nth(place as usize)?;
+        Some(Record { address: *address, halves: *halves })
+    }
+    fn network(&self, _: &V4) -> Option<[u32; 2]> {
+        self.network
+    }
+    fn pair_place(&self, pair: &[u8; 8]) -> Option<u32> {
+        self.index(&self.pairs, pair)
+    }
+    fn pair_record(&self, place: u32) -> Option<PairRecord<[u8; 8]>> {
+        let (pair, rows) = self.pairs.iter().nth(place as usize)?;
+        Some(PairRecord { pair: *pair, rows: *rows })
     }
     fn policy(&self, id: u32) -> Option<Policy> {
         self.policies.get(id as usize).copied()
@@ -40,7 +65,7 @@ impl Lookups<V4, 1> for Maps {
     fn segment(&self, index: u32) -> Option<Segment> {
         self.segments.get(index as usize).copied()
     }
-    fn row(&self, index: u32) -> Option<&Bits<1>> {
+    fn row(&self, index: u32) -> Option<&'a Bits<1>> {
         self.rows.get(index as usize)
     }
 }
@@ -54,26 +79,27 @@ const UDP: u8 = 17;
 
 /// `POD` and `TWIN` are one pod. In: TCP/80-89 from bit 1, whatever from bit 2. Out: bit 3's named ports.
 fn maps() -> Maps {
-    let endpoint = Endpoint { ingress: 1, egress: 2, pod: 7, pad: 0 };
+    let pod = Known { ingress: 1, egress: 2, pod: 7, row: NOBODY };
+    let peer = Known { row: 4, ..Known::NOTHING };
     let segment =
         |first, last, row| Segment { first: position(TCP, first), last: position(TCP, last), row, pad: 0 };
     Maps {
-        endpoints: [(POD, endpoint), (TWIN, endpoint)].into(),
-        members: [(PEER, [0b10])].into(),
-        network: Some([0b100]),
-        pairs: [(PEER.pair(TCP, 80), [0b1000])].into(),
+        records: [(POD, [pod; 2]), (TWIN, [pod; 2]), (PEER, [peer; 2])].into(),
+        network: Some([2; 2]),
+        pairs: [(PEER.pair(TCP, 80), [3; 2]), (PEER.pair(TCP, 82), [NOBODY; 2])].into(),
         policies: vec![
             Policy::default(),
             Policy { first: 0, segments: 1, rest: 2, pairs: 0 },
             Policy { first: 1, segments: 1, rest: 0, pairs: 1 },
         ],
         segments: vec![segment(80, 89, 1), segment(0, u16::MAX, 3)],
-        rows: vec![[0], [0b110], [0b100], [0b1000]],
+        rows: vec![[0], [0b110], [0b100], [0b1000], [0b10]],
+        ..Maps::default()
     }
 }
 
 fn verdict(maps: &Maps, source: V4, destination: V4, port: Option<(u8, u16)>) -> (Judgement, Judgement) {
-    let Verdict { ingress, egress } = decide(maps, &Flow { source, destination, port });
+    let Verdict { ingress, egress } = decide(&maps, &Flow { source, destination, port });
     (ingress, egress)
 }
 
@@ -130,6 +156,55 @@ fn what_leads_nowhere_denies() {
     assert_eq!(verdict(&maps, HOST, POD, Some((TCP, 80))).0, Judgement::Allowed);
 }
 
+/// Whatever says something of an address says it by generation.
+#[test]
+fn a_generation_is_one_state() {
+    use Judgement::{Allowed, Denied, NotIsolated};
+    let mut maps = maps();
+    for halves in maps.records.values_mut() {
+        halves[1] = Known::NOTHING;
+    }
+    maps.network = Some([2, NOBODY]);
+    maps.pairs.insert(PEER.pair(TCP, 80), [3, NOBODY]);
+    let flows = [(PEER, POD, 80), (POD, PEER, 80), (HOST, POD, 1), (POD, TWIN, 1)];
+    let judged = |maps: &Maps| flows.map(|(from, to, port)| verdict(maps, from, to, Some((TCP, port))));
+    let free = (NotIsolated, NotIsolated);
+    assert_eq!(judged(&maps), [(Allowed, NotIsolated), (NotIsolated, Allowed), (Allowed, NotIsolated), free]);
+    maps.generation = 1;
+    assert_eq!(judged(&maps), [free; 4]);
+    maps.records.get_mut(&POD).unwrap()[1] = Known { ingress: 1, egress: 2, pod: 0, row: NOBODY };
+    // The networks' and the pair's halves are of this generation too.
+    assert_eq!(
+        judged(&maps),
+        [(Denied, NotIsolated), (NotIsolated, Denied), (Denied, NotIsolated), (NotIsolated, Denied)]
+    );
+}
+
+/// A place that leads to another's record is looked up again, and denies if it goes on.
+#[test]
+fn anothers_record_is_never_read() {
+    use Judgement::{Allowed, Denied, NotIsolated};
+    let maps = maps();
+    for astray in 0..LOOKS {
+        for (source, destination, expected) in
+            [(PEER, POD, (Allowed, NotIsolated)), (POD, PEER, (NotIsolated, Allowed))]
+        {
+            maps.astray.set(astray);
+            assert_eq!(verdict(&maps, source, destination, Some((TCP, 80))), expected, "{astray} times");
+        }
+    }
+    for astray in [LOOKS, 100] {
+        maps.astray.set(astray);
+        assert_eq!(verdict(&maps, PEER, POD, Some((TCP, 80))), (Denied, Denied));
+    }
+    // The pair's alone.
+    for (astray, expected) in [(0, Allowed), (LOOKS - 1, Allowed), (LOOKS, Denied)] {
+        let pair = PEER.pair(TCP, 80);
+        maps.astray.set(astray);
+        assert_eq!(pair_row(&&maps, 0, &pair).ok(), (expected == Allowed).then_some(3));
+    }
+}
+
 #[test]
 fn segments_are_found_whatever_their_number() {
     for count in [0u16, 1, 2, 3, 4, 5, 31, 32, 33, 1000] {
@@ -148,10 +223,10 @@ fn segments_are_found_whatever_their_number() {
         for port in 0..count * 10 + 30 {
             let expected =
                 (port >= 10 && port % 10 < 5 && port / 10 <= count).then(|| u32::from(port / 10) - 1);
-            let found = find(&maps, &policy, position(TCP, port)).map(|segment| segment.row);
+            let found = find(&&maps, &policy, position(TCP, port)).map(|segment| segment.row);
             assert_eq!(found, expected, "port {port} among {count}");
         }
-        assert_eq!(find(&maps, &policy, position(UDP, 10)), None);
+        assert_eq!(find(&&maps, &policy, position(UDP, 10)), None);
     }
 }
 
@@ -162,9 +237,9 @@ fn the_longest_run_is_searched_to_its_ends() {
     let maps = Maps { segments, ..Maps::default() };
     let policy = Policy { first: 0, segments: MAX_SEGMENTS, rest: 0, pairs: 0 };
     for wanted in [0, 1, MAX_SEGMENTS / 2, MAX_SEGMENTS - 2, MAX_SEGMENTS - 1] {
-        assert_eq!(find(&maps, &policy, wanted).map(|segment| segment.row), Some(wanted));
+        assert_eq!(find(&&maps, &policy, wanted).map(|segment| segment.row), Some(wanted));
     }
-    assert_eq!(find(&maps, &policy, MAX_SEGMENTS), None);
+    assert_eq!(find(&&maps, &policy, MAX_SEGMENTS), None);
 }
 
 #[test]

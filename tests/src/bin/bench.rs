@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use npm_agent::backend::Backend;
 use npm_agent::backend::ebpf::kernel::Kernel;
-use npm_agent::backend::ebpf::lower::lower;
+use npm_agent::backend::ebpf::width::Width;
 use npm_agent::backend::iptables::variant::Variant;
 use npm_agent::backend::iptables::{Iptables, Options};
 use npm_agent::exec::Tools;
@@ -114,8 +114,8 @@ fn counts(rounds: u32) -> Result<()> {
 fn memory() -> Result<()> {
     let size = Size { policies: 1000, other_pods: 10_000 - LOCAL_PODS };
     let world = BenchWorld::make(size)?;
-    let mut kernel = Kernel::load()?;
-    kernel.fill(&lower(&world.goal)?)?;
+    let mut kernel = Kernel::load(Width::Narrow)?;
+    kernel.fill(&world.goal)?;
     let mut total = 0;
     println!("\n## Memory of the maps with 10,000 pods and 1,000 policies (the bar is 16 MiB)\n");
     println!("{:>5}{:>6}{:>7}{:>10}{:>12}", "type", "key", "value", "entries", "KiB");
@@ -138,15 +138,8 @@ fn runs(world: &BenchWorld, flows: &BTreeMap<(Kind, Family), Vec<Flow>>, rounds:
     println!(
         "\nverdict, both directions, ns above an empty program, hot caches (best of {rounds}; the bar is 200):"
     );
-    let lowered = match lower(&world.goal) {
-        Ok(lowered) => lowered,
-        Err(error) => {
-            println!("  not measured: {error}");
-            return Ok(());
-        }
-    };
-    let mut kernel = Kernel::load()?;
-    kernel.fill(&lowered).context("filling the maps")?;
+    let mut kernel = Kernel::load(Width::Narrow)?;
+    kernel.fill(&world.goal).context("filling the maps")?;
     for ((kind, family), flows) in flows {
         let mut times = verdict_times(&kernel, &flows[..flows.len().min(16)], rounds)?;
         times.sort_unstable();

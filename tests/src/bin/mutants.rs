@@ -21,7 +21,7 @@ use serde::Deserialize;
 const TESTS: &[&[&str]] = &[
     &["-p", "npm-tests", "--test", "agreement", "--test", "cases"],
     &["-p", "npm-policy", "-p", "npm-agent", "-p", "npm-common", "--lib"],
-    &["-p", "npm-tests", "--test", "ebpf_agreement"],
+    &["-p", "npm-tests", "--test", "ebpf_agreement", "--test", "ebpf_plan"],
     &["-p", "npm-tests", "--test", "iptables_plan", "--test", "iptables_rendered"],
     &["-p", "npm-agent", "--test", "bad_input", "--test", "matrix"],
 ];

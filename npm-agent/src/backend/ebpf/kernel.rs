@@ -4,19 +4,16 @@ use std::error::Error;
 use std::io;
 use std::time::Duration;
 
-use aya::maps::MapError;
 use aya::programs::{ProgramError, SchedClassifier, TestRun, TestRunOptions, TestRunResult};
 use aya::{Ebpf, EbpfError};
 use npm_common::decide::Verdict;
 use npm_policy::flow::Flow;
+use npm_policy::goal::Goal;
 
-use super::lower::Lowered;
-use super::maps::Maps;
+use super::any_maps::AnyMaps;
+use super::maps::{ApplyError, MapsError, Writes};
 use super::packet::opening;
-
-/// The committed object: `cargo xtask ebpf` makes it.
-static OBJECT: &[u8] =
-    aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../npm-ebpf/npm-ebpf.o"));
+use super::width::Width;
 
 const PROGRAM: &str = "verdict";
 
@@ -44,15 +41,12 @@ pub enum KernelError {
         /// The program or map.
         name: &'static str,
     },
-    /// A map is not as expected, or could not be written.
-    #[error("cannot use the eBPF map {name}")]
-    Map {
-        /// The map.
-        name: &'static str,
-        /// Why.
-        #[source]
-        source: MapError,
-    },
+    /// The maps can't be used.
+    #[error(transparent)]
+    Maps(#[from] MapsError),
+    /// The maps do not hold the goal.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
     /// The program could not be run.
     #[error("cannot run the eBPF program")]
     Run(#[source] ProgramError),
@@ -74,8 +68,13 @@ pub enum KernelError {
 
 /// The program and its maps. They are gone when it is dropped.
 pub struct Kernel {
+    judge: Judge,
+    maps: AnyMaps,
+}
+
+/// The program.
+pub struct Judge {
     ebpf: Ebpf,
-    maps: Maps,
 }
 
 impl Kernel {
@@ -83,23 +82,53 @@ impl Kernel {
     ///
     /// # Errors
     /// The process may not, or the kernel lacks what the program needs. Nothing is left behind.
-    pub fn load() -> Result<Self, KernelError> {
-        let mut ebpf = Ebpf::load(OBJECT).map_err(|error| permitted(error, KernelError::Object))?;
+    pub fn load(width: Width) -> Result<Self, KernelError> {
+        let mut ebpf = Ebpf::load(width.object()).map_err(|error| permitted(error, KernelError::Object))?;
         let program = ebpf.program_mut(PROGRAM).ok_or(KernelError::Missing { name: PROGRAM })?;
         let program: &mut SchedClassifier = program.try_into().map_err(KernelError::Program)?;
         program.load().map_err(|error| permitted(error, KernelError::Program))?;
-        let maps = Maps::take(&mut ebpf)?;
-        Ok(Self { ebpf, maps })
+        let maps = AnyMaps::take(width, &mut ebpf)?;
+        Ok(Self { judge: Judge { ebpf }, maps })
     }
 
-    /// Makes the maps hold this and nothing else, whatever they held; gives the number of writes.
+    /// Makes the program judge by this goal and nothing else; a wider program is loaded if the goal needs it.
     ///
     /// # Errors
-    /// The maps then hold a part of the old and of the new: verdicts are of neither. The next fill goes on from there.
-    pub fn fill(&mut self, lowered: &Lowered) -> Result<usize, KernelError> {
-        self.maps.converge(lowered)
+    /// The program then judges as it did before.
+    pub fn fill(&mut self, goal: &Goal) -> Result<Writes, KernelError> {
+        let needed = Width::needed(goal).map_err(ApplyError::Lower)?;
+        if needed > self.maps.width() {
+            let mut wider = Self::load(needed)?;
+            let writes = wider.maps.apply(goal)?;
+            *self = wider;
+            return Ok(writes);
+        }
+        Ok(self.maps.apply(goal)?)
     }
 
+    /// The program, and the maps to write to while it is asked.
+    pub fn apart(&mut self) -> (&Judge, &mut AnyMaps) {
+        (&self.judge, &mut self.maps)
+    }
+
+    /// [`Judge::verdict`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn verdict(&self, flow: &Flow) -> Result<Verdict, KernelError> {
+        self.judge.verdict(flow)
+    }
+
+    /// [`Judge::time`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn time(&self, flow: &Flow, runs: u32) -> Result<Duration, KernelError> {
+        self.judge.time(flow, runs)
+    }
+}
+
+impl Judge {
     /// What the program says of the flow's first packet, by BPF_PROG_TEST_RUN.
     ///
     /// # Errors

@@ -12,29 +12,28 @@
 //!   range of ports in two.
 //! - What does not fit is an error. Nothing is left out.
 
+mod numbers;
 mod peers;
 mod union;
 
-use std::collections::BTreeMap;
-use std::fmt;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use npm_common::decide::{self, Lookups, Verdict};
-use npm_common::layout::{
-    Address, Bits, Endpoint, MAX_POLICIES, MAX_ROWS, MAX_SEGMENTS, NOBODY, NOT_ISOLATED, Policy, Segment, V4,
-    V6, WORDS, position,
-};
-use npm_policy::flow::{Decision, Flow, Transport};
+use npm_common::decide::Verdict;
+use npm_common::layout::{Bits, NARROW_WORDS, NOBODY, NOT_ISOLATED, Policy, Segment, V4, V6, position};
+use npm_policy::flow::Decision;
 use npm_policy::goal::{Clause, Goal, Member, PortMatch, Program};
 use npm_policy::model::Protocol;
 
+pub use numbers::Numbers;
 use peers::Peers;
-pub use peers::{Bit, FamilyMaps, OfFamily, Prefix};
+pub use peers::{Bit, Endpoint, FamilyMaps, OfFamily, Prefix, longest};
 use union::Union;
 
-/// What the maps must hold for a goal, with rows of `W` words.
+/// What the maps must hold for a goal, with rows of `W` words. Policies, segments and rows have indices of their own
+/// here, which are not those of the kernel's maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Lowered<const W: usize = WORDS> {
+pub struct Lowered<const W: usize = NARROW_WORDS> {
     /// IPv4's maps.
     pub v4: FamilyMaps<V4, W>,
     /// IPv6's maps.
@@ -46,40 +45,7 @@ pub struct Lowered<const W: usize = WORDS> {
     /// By index; the first allows nobody.
     pub rows: Vec<Bits<W>>,
     /// What each bit means, by number.
-    pub bits: Vec<Bit>,
-}
-
-/// A map that has a limit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum MapName {
-    /// The isolated addresses of a family.
-    Endpoints,
-    /// The pods' addresses of a family.
-    Members,
-    /// The prefixes of a family.
-    Networks,
-    /// The named ports of a family.
-    Pairs,
-    /// The policies.
-    Policies,
-    /// The policies' segments.
-    Segments,
-    /// The rows.
-    Rows,
-}
-
-impl fmt::Display for MapName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Endpoints => "endpoints",
-            Self::Members => "members",
-            Self::Networks => "networks",
-            Self::Pairs => "pairs",
-            Self::Policies => "policies",
-            Self::Segments => "segments",
-            Self::Rows => "rows",
-        })
-    }
+    pub bits: BTreeMap<usize, Bit>,
 }
 
 /// Why a goal does not fit.
@@ -92,16 +58,6 @@ pub enum LowerError {
         needed: usize,
         /// 64 times the words of a row.
         available: usize,
-    },
-    /// More entries than a map takes.
-    #[error("the map of {map} needs {needed} entries and takes {limit}")]
-    Entries {
-        /// The map.
-        map: MapName,
-        /// How many there would be.
-        needed: usize,
-        /// How many there can be.
-        limit: u32,
     },
 }
 
@@ -121,61 +77,99 @@ impl Direction {
     }
 }
 
-/// The maps of a goal.
+/// The maps of a goal, numbered afresh.
 ///
 /// # Errors
-/// The goal does not fit into maps with rows of `W` words.
+/// The goal names more peer sets than rows of `W` words have bits.
 pub fn lower<const W: usize>(goal: &Goal) -> Result<Lowered<W>, LowerError> {
-    let peers = Peers::of(goal)?;
+    lower_with(goal, &Numbers::default())
+}
+
+/// The maps of a goal. What has a number keeps it.
+///
+/// # Errors
+/// As [`lower`].
+pub fn lower_with<const W: usize>(goal: &Goal, numbers: &Numbers) -> Result<Lowered<W>, LowerError> {
+    let peers = Peers::of(goal, numbers)?;
     let mut lowered = Lowered {
         v4: peers.family(goal),
         v6: peers.family(goal),
         policies: vec![Policy::default()],
         segments: Vec::new(),
         rows: vec![[0; W]],
-        bits: Vec::new(),
+        bits: BTreeMap::new(),
     };
     let mut shared = Shared::default();
-    for (address, (pod, programs)) in endpoints(goal) {
+    for (address, (pod, programs)) in endpoints(goal, numbers) {
         let mut id = |direction| {
             let union = union(goal, &peers, address, &programs, direction)?;
             Some(shared.id(&mut lowered, &peers, union))
         };
         let ingress = id(Direction::Ingress).unwrap_or(NOT_ISOLATED);
         let egress = id(Direction::Egress).unwrap_or(NOT_ISOLATED);
-        let endpoint = Endpoint { ingress, egress, pod, pad: 0 };
+        let endpoint = Endpoint { ingress, egress, pod };
         match address {
             IpAddr::V4(address) => drop(lowered.v4.endpoints.insert(address.octets(), endpoint)),
             IpAddr::V6(address) => drop(lowered.v6.endpoints.insert(address.octets(), endpoint)),
         }
     }
     lowered.bits = peers.bits;
-    lowered.fits()?;
     Ok(lowered)
 }
 
-/// The isolated addresses, each with its pod's number (from 1) and the programs that select it.
-fn endpoints(goal: &Goal) -> BTreeMap<IpAddr, (u32, Vec<&Program>)> {
-    let mut endpoints = BTreeMap::new();
-    let mut number = 0;
-    for addresses in goal.subjects.values() {
-        number += 1;
-        endpoints.extend(addresses.iter().map(|address| (*address, (number, Vec::new()))));
+/// How many bits a goal's peer sets need, any peer included.
+pub fn needed_bits(goal: &Goal) -> usize {
+    peers::named(goal).len() + 1
+}
+
+/// The directions that an address is isolated in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Directions {
+    /// Of what comes in.
+    pub ingress: bool,
+    /// Of what goes out.
+    pub egress: bool,
+}
+
+/// Addresses of this node's pods.
+pub type Isolated = BTreeMap<IpAddr, Directions>;
+
+/// Whom a goal isolates, whatever it allows.
+pub fn isolated(goal: &Goal) -> Isolated {
+    let mut isolated = Isolated::new();
+    for (address, (_, programs)) in endpoints(goal, &Numbers::default()) {
+        isolated.insert(
+            address,
+            Directions {
+                ingress: programs.iter().any(|program| program.ingress.is_some()),
+                egress: programs.iter().any(|program| program.egress.is_some()),
+            },
+        );
     }
+    isolated
+}
+
+/// The isolated addresses, each with its pod's number (from 1) and the programs that select it.
+fn endpoints<'a>(goal: &'a Goal, numbers: &Numbers) -> BTreeMap<IpAddr, (u32, Vec<&'a Program>)> {
+    let mut selected: BTreeMap<IpAddr, Vec<&Program>> = BTreeMap::new();
     for program in goal.programs.values() {
         let Some(subjects) = goal.sets.get(&program.subjects) else { continue };
         for member in subjects.v4.iter().chain(&subjects.v6) {
             match member {
-                Member::Address(address) => {
-                    let (_, programs) = endpoints.entry(*address).or_insert_with(|| {
-                        number += 1;
-                        (number, Vec::new())
-                    });
-                    programs.push(&**program);
-                }
+                Member::Address(address) => selected.entry(*address).or_default().push(program),
                 // No members of a set of subjects.
                 Member::Port(..) | Member::Include(_) | Member::Except(_) => {}
             }
+        }
+    }
+    let owned: BTreeSet<IpAddr> = goal.subjects.values().flatten().copied().collect();
+    // An address without a pod would be a pod of its own.
+    let alone: Vec<BTreeSet<IpAddr>> =
+        selected.keys().filter(|it| !owned.contains(it)).map(|it| [*it].into()).collect();
+    let mut endpoints = BTreeMap::new();
+    for (addresses, number) in numbers.number_pods(goal.subjects.values().chain(&alone)) {
+        for address in addresses {
+            endpoints.insert(*address, (number, selected.remove(address).unwrap_or_default()));
         }
     }
     endpoints
@@ -263,49 +257,6 @@ fn index(of: usize) -> u32 {
     u32::try_from(of).unwrap_or(u32::MAX)
 }
 
-impl<const W: usize> Lowered<W> {
-    fn fits(&self) -> Result<(), LowerError> {
-        let check = |map, needed, limit| match needed {
-            needed if index(needed) > limit => Err(LowerError::Entries { map, needed, limit }),
-            _ => Ok(()),
-        };
-        self.v4.fits(check)?;
-        self.v6.fits(check)?;
-        check(MapName::Policies, self.policies.len(), MAX_POLICIES)?;
-        check(MapName::Segments, self.segments.len(), MAX_SEGMENTS)?;
-        check(MapName::Rows, self.rows.len(), MAX_ROWS)
-    }
-
-    /// What the maps say of a flow: the kernel's own function, in user space. An end that is no isolated pod of this
-    /// node is not isolated here.
-    pub fn decide(&self, flow: &Flow) -> Verdict {
-        match (flow.source, flow.destination) {
-            (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                self.judge(&self.v4, source.octets(), destination.octets(), flow.transport)
-            }
-            (IpAddr::V6(source), IpAddr::V6(destination)) => {
-                self.judge(&self.v6, source.octets(), destination.octets(), flow.transport)
-            }
-            // No packet is of two families.
-            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => Verdict::default(),
-        }
-    }
-
-    fn judge<A: Address>(
-        &self,
-        family: &FamilyMaps<A, W>,
-        source: A,
-        destination: A,
-        transport: Transport,
-    ) -> Verdict {
-        let port = match transport {
-            Transport::Port(protocol, port) => Some((protocol.number(), port)),
-            Transport::Portless(_) => None,
-        };
-        decide::decide(&View { family, shared: self }, &decide::Flow { source, destination, port })
-    }
-}
-
 /// The decision of a verdict.
 pub fn decision(verdict: Verdict) -> Decision {
     match verdict.allows() {
@@ -317,42 +268,6 @@ pub fn decision(verdict: Verdict) -> Decision {
 /// The protocol with an IANA number.
 pub(super) fn protocol(number: u8) -> Option<Protocol> {
     Protocol::ALL.into_iter().find(|protocol| protocol.number() == number)
-}
-
-/// One family's maps and those that both share.
-struct View<'a, A: Address, const W: usize> {
-    family: &'a FamilyMaps<A, W>,
-    shared: &'a Lowered<W>,
-}
-
-impl<A: Address, const W: usize> Lookups<A, W> for View<'_, A, W> {
-    fn endpoint(&self, address: &A) -> Option<Endpoint> {
-        self.family.endpoints.get(address).copied()
-    }
-
-    fn members(&self, address: &A) -> Option<&Bits<W>> {
-        self.family.members.get(address)
-    }
-
-    fn networks(&self, address: &A) -> Option<&Bits<W>> {
-        self.family.longest(*address)
-    }
-
-    fn pairs(&self, pair: &A::Pair) -> Option<&Bits<W>> {
-        self.family.pairs.get(pair)
-    }
-
-    fn policy(&self, id: u32) -> Option<Policy> {
-        self.shared.policies.get(usize::try_from(id).ok()?).copied()
-    }
-
-    fn segment(&self, index: u32) -> Option<Segment> {
-        self.shared.segments.get(usize::try_from(index).ok()?).copied()
-    }
-
-    fn row(&self, index: u32) -> Option<&Bits<W>> {
-        self.shared.rows.get(usize::try_from(index).ok()?)
-    }
 }
 
 #[cfg(test)]

@@ -1,160 +1,337 @@
-//! The kernel's maps, filled: only what differs is written.
+//! The kernel's maps: read back, planned for, written to.
 
-use std::collections::BTreeMap;
+mod kernel_map;
 
-use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, Map, MapData, MapError};
+use std::io;
+use std::path::Path;
+
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError};
 use aya::{Ebpf, Pod};
-use npm_common::layout::{Bits, V4, V6, WORDS};
+use npm_common::decide::Verdict;
+use npm_common::layout::{Bits, Generation, Meaning, PairRecord, Policy, Record, Segment, V4, V6};
+use npm_policy::flow::Flow;
+use npm_policy::goal::Goal;
 
-use super::kernel::KernelError;
-use super::lower::{FamilyMaps, Lowered, OfFamily, Prefix};
+use super::grace::Grace;
+use super::held::{FamilyWrite, Held, HeldFamily, Limits, Readers, Write};
+use super::lower::{LowerError, Lowered, OfFamily, isolated, lower_with};
+use super::plan::{Full, Step, isolate, plan, settle};
+use kernel_map::{Entries, KernelMap, Plain};
 
-type Row = Bits<WORDS>;
-/// An endpoint, a policy or a segment.
-type Words = [u32; 4];
+/// The names of the maps in the object and of their pins.
+pub const NAMES: [&str; 15] = [
+    "GENERATION",
+    "MEANINGS",
+    "POLICIES",
+    "SEGMENTS",
+    "ROWS",
+    "PLACES_V4",
+    "RECORDS_V4",
+    "NETWORKS_V4",
+    "PAIRS_V4",
+    "PAIR_RECORDS_V4",
+    "PLACES_V6",
+    "RECORDS_V6",
+    "NETWORKS_V6",
+    "PAIRS_V6",
+    "PAIR_RECORDS_V6",
+];
 
-/// A map that can be written to.
-trait Write<K, V> {
-    fn insert(&mut self, key: &K, value: &V) -> Result<(), MapError>;
-    fn delete(&mut self, key: &K) -> Result<(), MapError>;
+/// Why maps can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum MapsError {
+    /// The object or the directory lacks a map.
+    #[error("there is no eBPF map {name}")]
+    Missing {
+        /// The map.
+        name: &'static str,
+    },
+    /// A map is not as expected, or could not be read or written.
+    #[error("cannot use the eBPF map {name}")]
+    Map {
+        /// The map.
+        name: &'static str,
+        /// Why.
+        #[source]
+        source: MapError,
+    },
+    /// It could not be waited until running programs had ended.
+    #[error("cannot wait for running eBPF programs")]
+    Grace(#[source] io::Error),
 }
 
-impl<K: Pod, V: Pod> Write<K, V> for HashMap<MapData, K, V> {
-    fn insert(&mut self, key: &K, value: &V) -> Result<(), MapError> {
-        HashMap::insert(self, key, value, 0)
-    }
-
-    fn delete(&mut self, key: &K) -> Result<(), MapError> {
-        self.remove(key)
-    }
+/// Why a goal is not what packets are judged by. What they were judged by before, they are judged by still, or more
+/// strictly: if the goal does not fit, whoever it isolates and was not isolated is denied everything.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// The goal does not fit into rows of this width.
+    #[error(transparent)]
+    Lower(#[from] LowerError),
+    /// A map is full.
+    #[error(transparent)]
+    Full(#[from] Full),
+    /// The maps could not be read or written. The next apply reads them back and goes on from there.
+    #[error(transparent)]
+    Maps(#[from] MapsError),
 }
 
-impl<A: Pod, V: Pod> Write<Prefix<A>, V> for LpmTrie<MapData, A, V> {
-    fn insert(&mut self, key: &Prefix<A>, value: &V) -> Result<(), MapError> {
-        LpmTrie::insert(self, &Key::new(key.length, key.address), value, 0)
-    }
-
-    fn delete(&mut self, key: &Prefix<A>) -> Result<(), MapError> {
-        self.remove(&Key::new(key.length, key.address))
-    }
+/// What an apply did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Writes {
+    /// Entries written or deleted.
+    pub entries: usize,
+    /// Times that it was waited for running programs.
+    pub waits: usize,
 }
 
-impl<V: Pod + Default> Write<u32, V> for Array<MapData, V> {
-    fn insert(&mut self, key: &u32, value: &V) -> Result<(), MapError> {
-        self.set(*key, value, 0)
-    }
+/// How many writes of one apply the next one may have to do again for the other half.
+const MOST_LEFT_UNSETTLED: usize = 64;
 
-    /// Entries of arrays are always there.
-    fn delete(&mut self, key: &u32) -> Result<(), MapError> {
-        self.set(*key, V::default(), 0)
-    }
-}
-
-/// A map of the kernel, and what is in it: nobody else writes it.
-struct Mirrored<M, K, V> {
-    name: &'static str,
-    map: M,
-    held: BTreeMap<K, V>,
-}
-
-impl<M: Write<K, V> + TryFrom<Map, Error = MapError>, K: Ord + Copy, V: PartialEq + Copy> Mirrored<M, K, V> {
-    fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Self, KernelError> {
-        let map = ebpf.take_map(name).ok_or(KernelError::Missing { name })?;
-        let map = M::try_from(map).map_err(|source| KernelError::Map { name, source })?;
-        Ok(Self { name, map, held: BTreeMap::new() })
-    }
-
-    /// Makes the map hold these entries and no others; gives the number of writes. What was written before an error is
-    /// known.
-    fn converge(&mut self, wanted: &BTreeMap<K, V>) -> Result<usize, KernelError> {
-        let name = self.name;
-        let failed = |source| KernelError::Map { name, source };
-        let gone: Vec<K> = self.held.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
-        let mut writes = gone.len();
-        // Deletions first: what is wanted may need the room.
-        for key in gone {
-            self.map.delete(&key).map_err(failed)?;
-            self.held.remove(&key);
-        }
-        for (key, value) in wanted {
-            if self.held.get(key) != Some(value) {
-                self.map.insert(key, value).map_err(failed)?;
-                self.held.insert(*key, *value);
-                writes += 1;
-            }
-        }
-        Ok(writes)
-    }
-}
-
-/// One family's maps.
+/// The maps of one family.
 struct OneFamily<A: OfFamily + Pod>
 where
     A::Pair: Pod,
 {
-    endpoints: Mirrored<HashMap<MapData, A, Words>, A, Words>,
-    members: Mirrored<HashMap<MapData, A, Row>, A, Row>,
-    networks: Mirrored<LpmTrie<MapData, A, Row>, Prefix<A>, Row>,
-    pairs: Mirrored<HashMap<MapData, A::Pair, Row>, A::Pair, Row>,
+    places: KernelMap<HashMap<MapData, A, u32>>,
+    records: KernelMap<Array<MapData, Plain<Record<A>>>>,
+    networks: KernelMap<LpmTrie<MapData, A, [u32; 2]>>,
+    pairs: KernelMap<HashMap<MapData, A::Pair, u32>>,
+    pair_records: KernelMap<Array<MapData, Plain<PairRecord<A::Pair>>>>,
+}
+
+/// The maps of one program, with rows of `W` words.
+pub struct Maps<const W: usize> {
+    v4: OneFamily<V4>,
+    v6: OneFamily<V6>,
+    policies: KernelMap<Array<MapData, Plain<Policy>>>,
+    segments: KernelMap<Array<MapData, Plain<Segment>>>,
+    rows: KernelMap<Array<MapData, Bits<W>>>,
+    meanings: KernelMap<Array<MapData, Meaning>>,
+    generation: KernelMap<Array<MapData, Generation>>,
+    held: Held<W>,
+    /// Whether what is held is what was read or written last without an error.
+    is_known: bool,
+    grace: Grace,
+}
+
+/// Gives maps by their names.
+type Source<'a> = dyn FnMut(&'static str) -> Result<Map, MapsError> + 'a;
+
+impl<const W: usize> Maps<W> {
+    /// The maps of a loaded object, made afresh or adopted by pins, and read back.
+    ///
+    /// # Errors
+    /// The object lacks a map, a map is not as expected, or can't be read.
+    pub fn take(ebpf: &mut Ebpf) -> Result<Self, MapsError> {
+        Self::of(&mut |name| ebpf.take_map(name).ok_or(MapsError::Missing { name }))
+    }
+
+    /// The maps that are pinned in a directory under their names, read back.
+    ///
+    /// # Errors
+    /// As [`Maps::take`].
+    pub fn pinned(directory: &Path) -> Result<Self, MapsError> {
+        Self::of(&mut |name| {
+            let found = MapData::from_pin(directory.join(name)).and_then(Map::from_map_data);
+            found.map_err(|source| MapsError::Map { name, source })
+        })
+    }
+
+    fn of(source: &mut Source<'_>) -> Result<Self, MapsError> {
+        let mut maps = Self {
+            v4: OneFamily::of(
+                source,
+                ["PLACES_V4", "RECORDS_V4", "NETWORKS_V4", "PAIRS_V4", "PAIR_RECORDS_V4"],
+            )?,
+            v6: OneFamily::of(
+                source,
+                ["PLACES_V6", "RECORDS_V6", "NETWORKS_V6", "PAIRS_V6", "PAIR_RECORDS_V6"],
+            )?,
+            policies: KernelMap::of(source, "POLICIES")?,
+            segments: KernelMap::of(source, "SEGMENTS")?,
+            rows: KernelMap::of(source, "ROWS")?,
+            meanings: KernelMap::of(source, "MEANINGS")?,
+            generation: KernelMap::of(source, "GENERATION")?,
+            held: Held::default(),
+            is_known: false,
+            grace: Grace::new().map_err(MapsError::Grace)?,
+        };
+        maps.read_back()?;
+        Ok(maps)
+    }
+
+    /// What the maps hold, as last read or written.
+    pub fn held(&self) -> &Held<W> {
+        &self.held
+    }
+
+    /// Whether nothing is known of any address: the maps were just made, or a goal that isolates nobody was applied.
+    pub fn is_empty(&self) -> bool {
+        let Held { v4, v6, .. } = &self.held;
+        v4.places.is_empty() && v4.networks.is_empty() && v6.places.is_empty() && v6.networks.is_empty()
+    }
+
+    /// Makes packets be judged by a goal, with one store when all is ready for it. Writes only what differs.
+    ///
+    /// # Errors
+    /// Packets are judged as before, or as [`ApplyError`] says; the next apply goes on from what is in the maps.
+    pub fn apply(&mut self, goal: &Goal) -> Result<Writes, ApplyError> {
+        if !self.is_known {
+            self.read_back()?;
+        }
+        self.converge(goal)
+    }
+
+    /// Reads the maps back, repairs what somebody else has changed, and says what that was: one line for people each.
+    ///
+    /// # Errors
+    /// As [`Maps::apply`].
+    pub fn verify(&mut self, goal: &Goal) -> Result<(Writes, Vec<String>), ApplyError> {
+        let meant = self.held.clone();
+        let was_known = self.is_known;
+        self.read_back()?;
+        let drift = if was_known { self.held.differences(&meant) } else { Vec::new() };
+        Ok((self.converge(goal)?, drift))
+    }
+
+    /// What the maps, as last read or written, say of a flow.
+    pub fn decide(&self, flow: &Flow) -> Verdict {
+        self.held.decide(flow)
+    }
+
+    /// Reads everything back from the kernel.
+    ///
+    /// # Errors
+    /// A map can't be read. What is held is not known then.
+    pub fn read_back(&mut self) -> Result<(), MapsError> {
+        self.is_known = false;
+        self.held = Held {
+            generation: self.generation.one()?,
+            v4: self.v4.read()?,
+            v6: self.v6.read()?,
+            policies: self.policies.nonzero(&Plain(Policy::default()))?.plain(),
+            segments: self.segments.nonzero(&Plain(Segment::default()))?.plain(),
+            rows: self.rows.nonzero(&[0; W])?,
+            meanings: self.meanings.nonzero(&[0; 2])?,
+            readers: Readers::Behind,
+        };
+        self.is_known = true;
+        // Whoever wrote last may have written just now.
+        self.grace.begin();
+        Ok(())
+    }
+
+    fn converge(&mut self, goal: &Goal) -> Result<Writes, ApplyError> {
+        let lowered = lower_with(goal, &self.held.numbers()).map_err(ApplyError::Lower);
+        let plan = |lowered: Lowered<W>| Ok(plan(&self.held, &lowered, &Limits::OBJECT)?);
+        let steps = match lowered.and_then(plan) {
+            Ok(steps) => steps,
+            Err(does_not_fit) => {
+                let steps = isolate(&self.held, &isolated(goal), &Limits::OBJECT)?;
+                self.perform(&steps)?;
+                return Err(does_not_fit);
+            }
+        };
+        let mut writes = self.perform(&steps)?;
+        // What packets are judged by is in its place. After much of a change the other half follows at once, or the
+        // next change, however small, would have to write it all.
+        if writes.entries > MOST_LEFT_UNSETTLED {
+            let settled = self.perform(&settle(&self.held, &Limits::OBJECT))?;
+            writes.entries += settled.entries;
+            writes.waits += settled.waits;
+        }
+        Ok(writes)
+    }
+
+    fn perform(&mut self, steps: &[Step<W>]) -> Result<Writes, MapsError> {
+        let mut writes = Writes::default();
+        self.is_known = false;
+        for step in steps {
+            match step {
+                Step::Grace => {
+                    self.grace.wait().map_err(MapsError::Grace)?;
+                    self.held.readers = Readers::Current;
+                    writes.waits += 1;
+                }
+                Step::Write(write) => {
+                    self.write(write)?;
+                    self.held.write(write);
+                    writes.entries += 1;
+                }
+            }
+        }
+        self.is_known = true;
+        if !steps.is_empty() {
+            self.grace.begin();
+        }
+        Ok(writes)
+    }
+
+    fn write(&mut self, write: &Write<W>) -> Result<(), MapsError> {
+        match write {
+            Write::Row(index, bits) => self.rows.set(*index, **bits),
+            Write::Segment(index, segment) => self.segments.set(*index, Plain(*segment)),
+            Write::Policy(id, policy) => self.policies.set(*id, Plain(*policy)),
+            Write::Meaning(bit, meaning) => self.meanings.set(*bit, *meaning),
+            Write::V4(write) => self.v4.write(write),
+            Write::V6(write) => self.v6.write(write),
+            Write::Generation(generation) => {
+                self.publish()?;
+                self.generation.set(0, *generation)
+            }
+        }
+    }
+
+    /// Makes all writes be seen by whoever sees the next one. Where loads may be done out of order, a program could have
+    /// read an entry before and the generation after: there it takes a grace period (x86: no load passes an older one).
+    fn publish(&mut self) -> Result<(), MapsError> {
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        if cfg!(not(target_arch = "x86_64")) {
+            self.grace.begin();
+            self.grace.wait().map_err(MapsError::Grace)?;
+        }
+        Ok(())
+    }
 }
 
 impl<A: OfFamily + Pod> OneFamily<A>
 where
     A::Pair: Pod,
 {
-    fn take(ebpf: &mut Ebpf, names: [&'static str; 4]) -> Result<Self, KernelError> {
-        let [endpoints, members, networks, pairs] = names;
+    fn of(source: &mut Source<'_>, names: [&'static str; 5]) -> Result<Self, MapsError> {
+        let [places, records, networks, pairs, pair_records] = names;
         Ok(Self {
-            endpoints: Mirrored::take(ebpf, endpoints)?,
-            members: Mirrored::take(ebpf, members)?,
-            networks: Mirrored::take(ebpf, networks)?,
-            pairs: Mirrored::take(ebpf, pairs)?,
+            places: KernelMap::of(source, places)?,
+            records: KernelMap::of(source, records)?,
+            networks: KernelMap::of(source, networks)?,
+            pairs: KernelMap::of(source, pairs)?,
+            pair_records: KernelMap::of(source, pair_records)?,
         })
     }
 
-    fn converge(&mut self, wanted: &FamilyMaps<A, WORDS>) -> Result<usize, KernelError> {
-        let FamilyMaps { endpoints, members, networks, pairs } = wanted;
-        let endpoints = endpoints.iter().map(|(address, endpoint)| (*address, endpoint.words())).collect();
-        Ok(self.endpoints.converge(&endpoints)?
-            + self.members.converge(members)?
-            + self.networks.converge(networks)?
-            + self.pairs.converge(pairs)?)
-    }
-}
-
-/// All maps of the program `verdict`.
-pub(super) struct Maps {
-    v4: OneFamily<V4>,
-    v6: OneFamily<V6>,
-    policies: Mirrored<Array<MapData, Words>, u32, Words>,
-    segments: Mirrored<Array<MapData, Words>, u32, Words>,
-    rows: Mirrored<Array<MapData, Row>, u32, Row>,
-}
-
-impl Maps {
-    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, KernelError> {
-        Ok(Self {
-            v4: OneFamily::take(ebpf, ["ENDPOINTS_V4", "MEMBERS_V4", "NETWORKS_V4", "PAIRS_V4"])?,
-            v6: OneFamily::take(ebpf, ["ENDPOINTS_V6", "MEMBERS_V6", "NETWORKS_V6", "PAIRS_V6"])?,
-            policies: Mirrored::take(ebpf, "POLICIES")?,
-            segments: Mirrored::take(ebpf, "SEGMENTS")?,
-            rows: Mirrored::take(ebpf, "ROWS")?,
+    fn read(&self) -> Result<HeldFamily<A>, MapsError> {
+        let places = self.places.entries()?;
+        let pairs = self.pairs.entries()?;
+        Ok(HeldFamily {
+            // Of the records, those that something leads to.
+            records: self.records.at(places.values())?.plain(),
+            networks: self.networks.entries()?,
+            pair_records: self.pair_records.at(pairs.values())?.plain(),
+            places,
+            pairs,
         })
     }
 
-    /// Makes the maps hold this and nothing else; gives the number of writes. No packet may be judged meanwhile: the
-    /// order of the writes is of no meaning.
-    pub(super) fn converge(&mut self, wanted: &Lowered) -> Result<usize, KernelError> {
-        let Lowered { v4, v6, policies, segments, rows, bits: _ } = wanted;
-        Ok(self.v4.converge(v4)?
-            + self.v6.converge(v6)?
-            + self.policies.converge(&indexed(policies.iter().map(|policy| policy.words())))?
-            + self.segments.converge(&indexed(segments.iter().map(|segment| segment.words())))?
-            + self.rows.converge(&indexed(rows.iter().copied()))?)
+    fn write(&mut self, write: &FamilyWrite<A>) -> Result<(), MapsError> {
+        match write {
+            FamilyWrite::Record(place, record) => self.records.set(*place, Plain(*record)),
+            FamilyWrite::Place(address, place) => self.places.insert(address, place),
+            FamilyWrite::Unplace(address) => self.places.delete(address),
+            FamilyWrite::Network(prefix, rows) => self.networks.insert(prefix, rows),
+            FamilyWrite::DropNetwork(prefix) => self.networks.delete(prefix),
+            FamilyWrite::PairRecord(place, record) => self.pair_records.set(*place, Plain(*record)),
+            FamilyWrite::PairPlace(pair, place) => self.pairs.insert(pair, place),
+            FamilyWrite::PairUnplace(pair) => self.pairs.delete(pair),
+        }
     }
-}
-
-fn indexed<V>(values: impl Iterator<Item = V>) -> BTreeMap<u32, V> {
-    (0..).zip(values).collect()
 }

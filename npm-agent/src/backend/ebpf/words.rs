@@ -5,10 +5,9 @@ use std::fmt::Write;
 use std::net::IpAddr;
 
 use npm_common::layout::{ANY_PEER, Address, Bits, NOT_ISOLATED, Policy};
-use npm_policy::goal::{Family, Goal, PeerMatch};
-use npm_policy::names::set_name;
+use npm_policy::goal::{Family, Goal};
 
-use super::lower::{Bit, FamilyMaps, Lowered, OfFamily, protocol};
+use super::lower::{FamilyMaps, Lowered, OfFamily, protocol};
 
 /// Names where maps have numbers.
 struct Words<'a, const W: usize> {
@@ -123,16 +122,8 @@ impl<const W: usize> Words<'_, W> {
     }
 
     fn name(&self, number: usize) -> String {
-        match self.lowered.bits.get(number) {
-            Some(Bit::Any) => "anybody".to_owned(),
-            Some(Bit::Peer(set)) => set_name(set),
-            Some(Bit::Pairs { protocol, set, peers: PeerMatch::Any }) => {
-                format!("{protocol} {}", set_name(set))
-            }
-            Some(Bit::Pairs { protocol, set, peers: PeerMatch::Sets(of) }) => {
-                let of: Vec<String> = of.iter().map(set_name).collect();
-                format!("{protocol} {} of {}", set_name(set), of.join(" or "))
-            }
+        match self.lowered.bits.get(&number) {
+            Some(bit) => bit.name(),
             None => format!("bit {number}, which is nobody's"),
         }
     }

@@ -5,14 +5,14 @@ use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use npm_common::layout::{
-    Address, Bits, Endpoint, MAX_ENDPOINTS, MAX_MEMBERS, MAX_NETWORKS, MAX_PAIRS, V4, V6, set_bit,
-};
+use npm_common::layout::{ANY_PEER, Address, Bits, V4, V6, set_bit};
 use npm_policy::goal::{Family, Goal, Member, NamedMatch, PeerMatch, PortMatch, SetKey};
 use npm_policy::model::{Block, Protocol};
+use npm_policy::names::{fingerprint, set_name};
 
+use super::LowerError;
+use super::numbers::Numbers;
 use super::union::join;
-use super::{LowerError, MapName};
 
 /// What a bit stands for.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -30,6 +30,39 @@ pub enum Bit {
         /// Whose.
         peers: PeerMatch,
     },
+}
+
+impl Bit {
+    /// The bit in words, which tell it from all others.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Any => "anybody".to_owned(),
+            Self::Peer(set) => set_name(set),
+            Self::Pairs { protocol, set, peers: PeerMatch::Any } => {
+                format!("{protocol} {}", set_name(set))
+            }
+            Self::Pairs { protocol, set, peers: PeerMatch::Sets(of) } => {
+                let of: Vec<String> = of.iter().map(set_name).collect();
+                format!("{protocol} {} of {}", set_name(set), of.join(" or "))
+            }
+        }
+    }
+
+    /// What a process that finds the maps knows the bit by.
+    pub fn fingerprint(&self) -> u128 {
+        fingerprint(&self.name())
+    }
+}
+
+/// An isolated address of this node. The policies are indices of [`super::Lowered::policies`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// The policy of what comes in, or [`npm_common::layout::NOT_ISOLATED`].
+    pub ingress: u32,
+    /// The policy of what goes out, or [`npm_common::layout::NOT_ISOLATED`].
+    pub egress: u32,
+    /// Which pod it is, from 1.
+    pub pod: u32,
 }
 
 /// A prefix of addresses: what is behind its length is zero.
@@ -68,26 +101,24 @@ impl<A: Address, const W: usize> Default for FamilyMaps<A, W> {
 impl<A: Address, const W: usize> FamilyMaps<A, W> {
     /// The row of the longest prefix that covers an address.
     pub fn longest(&self, address: A) -> Option<&Bits<W>> {
-        let mut length = A::BITS;
-        loop {
-            let wanted = Prefix { length, address: address.truncated(length) };
-            let (found, row) = self.networks.range(..=wanted).next_back()?;
-            if *found == wanted {
-                return Some(row);
-            }
-            // Lengths that no prefix has are passed over.
-            length = if found.length < length { found.length } else { length.checked_sub(1)? };
-        }
+        longest(&self.networks, address, A::BITS).map(|(_, row)| row)
     }
+}
 
-    pub(super) fn fits(
-        &self,
-        check: impl Fn(MapName, usize, u32) -> Result<(), LowerError>,
-    ) -> Result<(), LowerError> {
-        check(MapName::Endpoints, self.endpoints.len(), MAX_ENDPOINTS)?;
-        check(MapName::Members, self.members.len(), MAX_MEMBERS)?;
-        check(MapName::Networks, self.networks.len(), MAX_NETWORKS)?;
-        check(MapName::Pairs, self.pairs.len(), MAX_PAIRS)
+/// The longest prefix of at most `length` bits that covers an address.
+pub fn longest<A: Address, T>(
+    networks: &BTreeMap<Prefix<A>, T>,
+    address: A,
+    mut length: u32,
+) -> Option<(&Prefix<A>, &T)> {
+    loop {
+        let wanted = Prefix { length, address: address.truncated(length) };
+        let (found, value) = networks.range(..=wanted).next_back()?;
+        if *found == wanted {
+            return Some((found, value));
+        }
+        // Lengths that no prefix has are passed over.
+        length = if found.length < length { found.length } else { length.checked_sub(1)? };
     }
 }
 
@@ -145,48 +176,54 @@ impl<A: OfFamily> fmt::Display for Prefix<A> {
     }
 }
 
+/// Whatever the goal's programs name, but for any peer.
+pub(super) fn named(goal: &Goal) -> BTreeSet<Bit> {
+    let mut bits = BTreeSet::new();
+    for program in goal.programs.values() {
+        for clause in program.ingress.iter().chain(&program.egress).flatten() {
+            match &clause.peers {
+                PeerMatch::Any => {}
+                PeerMatch::Sets(sets) => bits.extend(sets.iter().cloned().map(Bit::Peer)),
+            }
+        }
+        for clause in program.egress.iter().flatten() {
+            match &clause.ports {
+                PortMatch::Any => {}
+                PortMatch::Only { ranges: _, named } => {
+                    bits.extend(named.iter().map(|port| pairs_bit(port, &clause.peers)));
+                }
+            }
+        }
+    }
+    bits
+}
+
 /// The numbers of the peer sets.
 pub(super) struct Peers<const W: usize> {
-    pub(super) bits: Vec<Bit>,
+    pub(super) bits: BTreeMap<usize, Bit>,
     numbers: BTreeMap<Bit, usize>,
     /// All bits that are [`Bit::Pairs`].
     pairs: Bits<W>,
 }
 
 impl<const W: usize> Peers<W> {
-    /// Numbers whatever the goal's programs name.
-    pub(super) fn of(goal: &Goal) -> Result<Self, LowerError> {
-        let mut bits = BTreeSet::from([Bit::Any]);
-        for program in goal.programs.values() {
-            for clause in program.ingress.iter().chain(&program.egress).flatten() {
-                match &clause.peers {
-                    PeerMatch::Any => {}
-                    PeerMatch::Sets(sets) => bits.extend(sets.iter().cloned().map(Bit::Peer)),
-                }
-            }
-            for clause in program.egress.iter().flatten() {
-                match &clause.ports {
-                    PortMatch::Any => {}
-                    PortMatch::Only { ranges: _, named } => {
-                        bits.extend(named.iter().map(|port| pairs_bit(port, &clause.peers)));
-                    }
-                }
-            }
+    /// Numbers whatever the goal's programs name. What had a number keeps it.
+    pub(super) fn of(goal: &Goal, kept: &Numbers) -> Result<Self, LowerError> {
+        let bits = named(goal);
+        let (needed, available) = (bits.len() + 1, 64 * W);
+        if needed > available {
+            return Err(LowerError::Peers { needed, available });
         }
-        let available = 64 * W;
-        if bits.len() > available {
-            return Err(LowerError::Peers { needed: bits.len(), available });
-        }
-        // Any peer sorts first, so its number is 0.
-        let bits: Vec<Bit> = bits.into_iter().collect();
+        let mut numbers = kept.number_bits(bits, available);
+        numbers.insert(Bit::Any, ANY_PEER);
         let mut pairs = [0; W];
-        for (number, bit) in bits.iter().enumerate() {
+        for (bit, number) in &numbers {
             match bit {
                 Bit::Any | Bit::Peer(_) => {}
-                Bit::Pairs { .. } => drop(set_bit(&mut pairs, number)),
+                Bit::Pairs { .. } => drop(set_bit(&mut pairs, *number)),
             }
         }
-        let numbers = bits.iter().cloned().enumerate().map(|(number, bit)| (bit, number)).collect();
+        let bits = numbers.iter().map(|(bit, number)| (*number, bit.clone())).collect();
         Ok(Self { bits, numbers, pairs })
     }
 
@@ -224,7 +261,8 @@ impl<const W: usize> Peers<W> {
     /// The maps of a family, but for its endpoints.
     pub(super) fn family<A: OfFamily>(&self, goal: &Goal) -> FamilyMaps<A, W> {
         let mut maps = FamilyMaps { networks: self.networks(goal), ..FamilyMaps::default() };
-        for (number, bit) in self.bits.iter().enumerate() {
+        for (number, bit) in &self.bits {
+            let number = *number;
             match bit {
                 Bit::Any => {}
                 Bit::Peer(set) => {
@@ -276,9 +314,10 @@ impl<const W: usize> Peers<W> {
         let blocks: Vec<(usize, &Block)> = self
             .bits
             .iter()
-            .enumerate()
             .filter_map(|(number, bit)| match bit {
-                Bit::Peer(key @ SetKey::Block(block)) if goal.sets.contains_key(key) => Some((number, block)),
+                Bit::Peer(key @ SetKey::Block(block)) if goal.sets.contains_key(key) => {
+                    Some((*number, block))
+                }
                 Bit::Any | Bit::Peer(_) | Bit::Pairs { .. } => None,
             })
             .collect();
