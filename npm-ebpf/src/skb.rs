@@ -1,6 +1,7 @@
 //! A packet's bytes, wherever the kernel keeps them.
 
-use aya_ebpf::helpers::bpf_skb_load_bytes;
+use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
+use aya_ebpf::helpers::{bpf_skb_load_bytes, bpf_skb_load_bytes_relative};
 use aya_ebpf::programs::TcContext;
 use npm_common::packet::Bytes;
 
@@ -34,6 +35,32 @@ impl Bytes for SkbBytes<'_> {
                 offset as u32,
                 bytes.as_mut_ptr().cast(),
                 N as u32,
+            )
+        };
+        (outcome == 0).then_some(bytes)
+    }
+}
+
+/// The packet's bytes from its IP header on, wherever the link layer's header ends: devices without one have the same.
+pub(crate) struct NetworkBytes<'a> {
+    pub(crate) context: &'a TcContext,
+}
+
+impl Bytes for NetworkBytes<'_> {
+    #[inline(always)]
+    fn array<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        if offset > MAX_OFFSET {
+            return None;
+        }
+        let mut bytes = [0; N];
+        // SAFETY: the pointer is to N writable bytes, and N is the length.
+        let outcome = unsafe {
+            bpf_skb_load_bytes_relative(
+                self.context.skb.skb.cast(),
+                offset as u32,
+                bytes.as_mut_ptr().cast(),
+                N as u32,
+                BPF_HDR_START_NET,
             )
         };
         (outcome == 0).then_some(bytes)
