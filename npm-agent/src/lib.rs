@@ -4,6 +4,7 @@
 pub mod backend;
 pub mod cli;
 pub mod config;
+pub mod conntrack;
 pub mod exec;
 pub mod lock;
 pub mod logging;
