@@ -6,6 +6,7 @@ pub mod cli;
 pub mod config;
 pub mod conntrack;
 pub mod exec;
+pub mod interfaces;
 pub mod lock;
 pub mod logging;
 pub mod matrix;
