@@ -30,6 +30,8 @@ pub enum Outcome {
     BadHeader,
     /// Dropped: of an isolated pod, and it has too many IPv6 extension headers.
     TooManyExtensions,
+    /// Dropped: it has too many VLAN tags for anybody to say whose it is.
+    TooManyTags,
     /// Dropped: the kernel would not show its connection.
     NoConnection,
 }
@@ -39,7 +41,7 @@ pub const OUTCOMES: u32 = Outcome::ALL.len() as u32;
 
 impl Outcome {
     /// All, in the order of their slots.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::NotIp,
         Self::Local,
         Self::Neighbour,
@@ -52,6 +54,7 @@ impl Outcome {
         Self::Truncated,
         Self::BadHeader,
         Self::TooManyExtensions,
+        Self::TooManyTags,
         Self::NoConnection,
     ];
 
@@ -77,6 +80,7 @@ impl Outcome {
             | Self::Truncated
             | Self::BadHeader
             | Self::TooManyExtensions
+            | Self::TooManyTags
             | Self::NoConnection => false,
         }
     }
@@ -102,6 +106,7 @@ impl Outcome {
             ParseError::NotIp => Self::NotIp,
             ParseError::BadHeader => Self::BadHeader,
             ParseError::TooManyExtensions => Self::TooManyExtensions,
+            ParseError::TooManyTags => Self::TooManyTags,
         }
     }
 
@@ -120,6 +125,7 @@ impl Outcome {
             Self::Truncated => "truncated",
             Self::BadHeader => "bad_header",
             Self::TooManyExtensions => "too_many_extensions",
+            Self::TooManyTags => "too_many_tags",
             Self::NoConnection => "no_connection",
         }
     }

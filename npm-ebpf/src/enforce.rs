@@ -5,18 +5,15 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, PerCpuArray};
 use aya_ebpf::programs::TcContext;
-use npm_common::conntrack::{FAMILY_V4, FAMILY_V6, InTuple, State, Tuples, entry_of};
-use npm_common::decide::{Flow, Lookups, Own, decide_with, port_of};
+use npm_common::conntrack::{FAMILY_V4, FAMILY_V6, Question, State, Tuples, entry_of};
+use npm_common::decide::{Verdict, decide_with};
 use npm_common::event::{Mode, OUTCOMES, Outcome};
-use npm_common::layout::{Address, NOT_ISOLATED, V4, V6, WORDS};
-use npm_common::packet::{
-    Addresses, Bytes, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Fragment, Packet, ParseError, Protocol, parse_ip,
-};
+use npm_common::packet::{Family, Headers, ParseError};
 
 use crate::conntrack::{Read, Which};
 use crate::maps::{Ipv4, Ipv6};
 use crate::proof;
-use crate::skb::NetworkBytes;
+use crate::skb::{Start, read_into};
 
 /// Packets by [`Outcome`].
 #[map]
@@ -70,15 +67,27 @@ fn judge_connection<R: Read>(context: &TcContext, entry: u64, state: State) -> O
     }
     let Some(reply) = R::tuple(entry, Which::Reply) else { return Outcome::NoConnection };
     let tuples = Tuples { original, reply };
-    let outcome = match original.family {
-        FAMILY_V4 => judge_tuples::<V4>(&tuples, state, judge_v4),
-        FAMILY_V6 => judge_tuples::<V6>(&tuples, state, judge_v6),
+    let family = match original.family {
+        FAMILY_V4 => Family::V4,
+        FAMILY_V6 => Family::V6,
         // The kernel tracks no other family.
         _ => return Outcome::NoConnection,
     };
+    let (first, second) = match state {
+        // Its own direction may be allowed; or it answers what is allowed.
+        State::Reply => (tuples.returning(), Some(tuples.opening())),
+        State::New | State::Original | State::Related | State::Nothing => (tuples.opening(), None),
+    };
+    let outcome = judge_question(family, &first);
     if outcome.passes() {
         proof::prove(&original, entry);
         return outcome;
+    }
+    if let Some(second) = second
+        && judge_question(family, &second).passes()
+    {
+        proof::prove(&original, entry);
+        return Outcome::Allowed;
     }
     if state == State::Related {
         // An error about a connection that nobody allowed is a packet like any other; its passing proves nothing.
@@ -93,106 +102,48 @@ fn judge_connection<R: Read>(context: &TcContext, entry: u64, state: State) -> O
     outcome
 }
 
-/// Judges a packet of a connection that was not proven.
-#[inline(always)]
-fn judge_tuples<A: InTuple>(
-    tuples: &Tuples,
-    state: State,
-    judge: impl Fn(&Flow<A>, Own) -> Outcome,
-) -> Outcome {
-    let own = if tuples.is_translated() { Own::Free } else { Own::Forged };
-    match state {
-        State::Reply => {
-            // Its own direction may be allowed; or it answers what is allowed.
-            let outcome = judge(&tuples.returning(), own);
-            if outcome.passes() || judge(&tuples.opening(), own).passes() {
-                return if outcome.passes() { outcome } else { Outcome::Allowed };
-            }
-            outcome
-        }
-        State::New | State::Original | State::Related | State::Nothing => judge(&tuples.opening(), own),
-    }
-}
-
 /// Judges a packet without a connection, by what its headers say.
 #[inline(always)]
 fn judge_headers(context: &TcContext) -> Outcome {
-    let ethertype = u16::from_be(context.skb.protocol() as u16);
-    if ethertype != ETHERTYPE_IPV4 && ethertype != ETHERTYPE_IPV6 {
-        return Outcome::NotIp;
-    }
-    let bytes = NetworkBytes { context };
-    match parse_ip(&bytes, 0) {
-        Ok(packet) if is_neighbour(&bytes, &packet) => Outcome::Neighbour,
-        Ok(packet) => {
-            let port = port_of(&packet);
-            match packet.addresses {
-                Addresses::V4 { source, destination } => {
-                    let flow = Flow { source: source.octets(), destination: destination.octets(), port };
-                    judge_v4(&flow, Own::Forged)
-                }
-                Addresses::V6 { source, destination } => {
-                    let flow = Flow { source: source.octets(), destination: destination.octets(), port };
-                    judge_v6(&flow, Own::Forged)
-                }
-            }
-        }
-        Err(error) => judge_unread(&bytes, ethertype, error),
+    let mut headers = Headers::default();
+    match read_into(context, Start::Network, &mut headers) {
+        Ok(()) if headers.is_neighbour_discovery() => Outcome::Neighbour,
+        Ok(()) => judge_question(headers.family(), &Question::of(&headers)),
+        Err(ParseError::NotIp) => Outcome::NotIp,
+        // Nobody can say whose it is.
+        Err(error) if !headers.has_addresses() => Outcome::unread(error),
+        // It passes if neither end is isolated: what nobody at all is allowed is denied to it.
+        Err(error) => match judge_question(headers.family(), &Question::of(&headers).without_port()) {
+            Outcome::NotIsolated => Outcome::NotIsolated,
+            _ => Outcome::unread(error),
+        },
     }
 }
 
-/// Judges a packet that can't be read: it passes if neither end is isolated. Who sends it and to whom is at a fixed place;
-/// a packet without even that is nobody's.
+/// What the maps say. The verifier checks the two functions once and apart.
 #[inline(always)]
-fn judge_unread(bytes: &NetworkBytes<'_>, ethertype: u16, error: ParseError) -> Outcome {
-    let outcome = match error {
-        // The link layer says that it is IP.
-        ParseError::NotIp => Outcome::BadHeader,
-        error => Outcome::unread(error),
+fn judge_question(family: Family, question: &Question) -> Outcome {
+    let code = match family {
+        Family::V4 => judge_v4(question),
+        Family::V6 => judge_v6(question),
     };
-    let isolated = if ethertype == ETHERTYPE_IPV4 {
-        match (bytes.array(12), bytes.array(16)) {
-            (Some(source), Some(destination)) => is_isolated::<V4>(&Ipv4, &source, &destination),
-            (None, _) | (_, None) => true,
-        }
-    } else {
-        match (bytes.array(8), bytes.array(24)) {
-            (Some(source), Some(destination)) => is_isolated::<V6>(&Ipv6, &source, &destination),
-            (None, _) | (_, None) => true,
-        }
-    };
-    if isolated { outcome } else { Outcome::NotIsolated }
+    Verdict::of(code).map_or(Outcome::Both, Outcome::of)
 }
 
-#[inline(always)]
-fn is_isolated<A: Address>(lookups: &impl Lookups<A, WORDS>, source: &A, destination: &A) -> bool {
-    lookups.endpoint(source).is_some_and(|it| it.egress != NOT_ISOLATED)
-        || lookups.endpoint(destination).is_some_and(|it| it.ingress != NOT_ISOLATED)
-}
-
-/// Neighbour discovery and multicast listeners' reports (RFC 4861, 2710, 3810).
-#[inline(always)]
-fn is_neighbour(bytes: &NetworkBytes<'_>, packet: &Packet) -> bool {
-    if packet.protocol != Protocol::ICMPV6 || packet.fragment != Fragment::None {
-        return false;
-    }
-    // Reports carry a hop-by-hop header of 8 bytes, the others none.
-    let offset = match bytes.array(6) {
-        Some([next]) if Protocol(next) == Protocol::ICMPV6 => 40,
-        Some([next]) if Protocol(next) == Protocol::HOP_BY_HOP => 48,
-        Some(_) | None => return false,
-    };
-    matches!(bytes.array(offset), Some([130..=137 | 143]))
-}
-
-/// Judges a flow of IPv4. A function of its own: the verifier walks it once a call, and not once a way to each.
+/// The code of the verdict on a flow of IPv4.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn judge_v4(flow: &Flow<V4>, own: Own) -> Outcome {
-    Outcome::of(decide_with(&Ipv4, flow, own))
+extern "C" fn judge_v4(question: *const Question) -> u32 {
+    // SAFETY: each caller's is to a value of its own, or there is none.
+    let Some(question) = (unsafe { question.as_ref() }) else { return 0 };
+    decide_with(&Ipv4, &question.flow(), question.own()).code()
 }
 
-/// Judges a flow of IPv6.
+/// The code of the verdict on a flow of IPv6.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn judge_v6(flow: &Flow<V6>, own: Own) -> Outcome {
-    Outcome::of(decide_with(&Ipv6, flow, own))
+extern "C" fn judge_v6(question: *const Question) -> u32 {
+    // SAFETY: each caller's is to a value of its own, or there is none.
+    let Some(question) = (unsafe { question.as_ref() }) else { return 0 };
+    decide_with(&Ipv6, &question.flow(), question.own()).code()
 }
