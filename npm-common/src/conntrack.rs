@@ -9,8 +9,7 @@
 //! it before the TC hook sees its first packet, and two denied pods that send to each other on the same tuple make it
 //! established between them. A **proof** is a record of ours that the connection was judged and allowed.
 
-use crate::decide::{Flow, Own};
-use crate::layout::{Address, V4, V6};
+use crate::decide::Own;
 use crate::packet::{Family, Headers, Protocol};
 
 /// The bits of `_nfct` that are no address (`NFCT_INFOMASK`, include/linux/skbuff.h).
@@ -83,28 +82,8 @@ pub const FAMILY_V4: u16 = 2;
 /// [`Tuple::family`] of IPv6 (`AF_INET6`).
 pub const FAMILY_V6: u16 = 10;
 
-/// An address as a tuple holds it.
-pub trait InTuple: Address {
-    /// The address in these bytes.
-    fn from_tuple(bytes: &[u8; 16]) -> Self;
-}
-
-impl InTuple for V4 {
-    #[inline(always)]
-    fn from_tuple(bytes: &[u8; 16]) -> Self {
-        [bytes[0], bytes[1], bytes[2], bytes[3]]
-    }
-}
-
-impl InTuple for V6 {
-    #[inline(always)]
-    fn from_tuple(bytes: &[u8; 16]) -> Self {
-        *bytes
-    }
-}
-
 /// Both tuples of an entry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Tuples {
     /// Of the original direction.
     pub original: Tuple,
@@ -113,103 +92,43 @@ pub struct Tuples {
 }
 
 impl Tuples {
+    /// Which IP the connection is of; `None`: of no IP.
+    #[inline(always)]
+    pub const fn family(&self) -> Option<Family> {
+        match self.original.family {
+            FAMILY_V4 => Some(Family::V4),
+            FAMILY_V6 => Some(Family::V6),
+            _ => None,
+        }
+    }
+
     /// The flow that opened the connection: from who really sent it to whom it really reaches.
     #[inline(always)]
-    pub fn opening(&self) -> Question {
+    pub fn opening(&self, family: Family) -> Headers {
         let Self { original, reply } = self;
-        self.question(original.source, reply.source, reply.source_port)
+        let port = port(original.protocol, reply.source_port);
+        Headers::of_flow(family, &original.source, &reply.source, port)
     }
 
     /// The flow that a packet of the reply direction would open if the connection did not exist.
     #[inline(always)]
-    pub fn returning(&self) -> Question {
+    pub fn returning(&self, family: Family) -> Headers {
         let Self { original, reply } = self;
-        self.question(reply.source, original.source, original.source_port)
+        let port = port(original.protocol, original.source_port);
+        Headers::of_flow(family, &reply.source, &original.source, port)
     }
 
-    #[inline(always)]
-    fn question(&self, source: [u8; 16], destination: [u8; 16], port: [u8; 2]) -> Question {
-        let protocol = self.original.protocol;
-        let port = Protocol(protocol).has_ports().then_some((protocol, u16::from_be_bytes(port)));
-        // A packet that a pod sent to itself comes here only if it went to a Service's address.
-        let is_translated = self.original.destination != self.reply.source;
-        let own = if is_translated { Own::Free } else { Own::Forged };
-        Question::new(source, destination, port, own)
-    }
-}
-
-/// A flow of either family, to be judged: as one block of memory, every byte of which is written, so that in the kernel
-/// one function can leave it for another.
-#[repr(C, align(4))]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Question {
-    source: [u8; 16],
-    destination: [u8; 16],
-    port: u16,
-    protocol: u8,
-    flags: u8,
-}
-
-const _: () = assert!(size_of::<Question>() == 36 && align_of::<Question>() == 4);
-
-/// In [`Question::flags`]: there are a protocol and a port.
-const PORT: u8 = 1;
-/// In [`Question::flags`]: [`Own::Forged`].
-const FORGED: u8 = 2;
-
-impl Question {
-    /// Addresses as tuples have them; `port` as in [`Flow`].
-    #[inline(always)]
-    pub fn new(source: [u8; 16], destination: [u8; 16], port: Option<(u8, u16)>, own: Own) -> Self {
-        let own = match own {
-            Own::Free => 0,
-            Own::Forged => FORGED,
-        };
-        match port {
-            Some((protocol, port)) => Self { source, destination, port, protocol, flags: PORT | own },
-            None => Self { source, destination, port: 0, protocol: 0, flags: own },
-        }
-    }
-
-    /// The question about a packet without a connection: nobody translated its destination.
-    #[inline(always)]
-    pub fn of(headers: &Headers) -> Self {
-        let (source, destination) = match headers.family() {
-            Family::V4 => {
-                let (source, destination) = headers.v4();
-                (widened(source), widened(destination))
-            }
-            Family::V6 => headers.v6(),
-        };
-        Self::new(source, destination, headers.port(), Own::Forged)
-    }
-
-    /// The same, whatever its port.
-    #[inline(always)]
-    pub fn without_port(self) -> Self {
-        Self { port: 0, protocol: 0, flags: self.flags & FORGED, ..self }
-    }
-
-    /// The flow.
-    #[inline(always)]
-    pub fn flow<A: InTuple>(&self) -> Flow<A> {
-        Flow {
-            source: A::from_tuple(&self.source),
-            destination: A::from_tuple(&self.destination),
-            port: if self.flags & PORT != 0 { Some((self.protocol, self.port)) } else { None },
-        }
-    }
-
-    /// What it is if both ends are the same pod.
+    /// What it is if both ends are the same pod: a packet that a pod sent to itself comes here only if it went to a
+    /// Service's address.
     #[inline(always)]
     pub fn own(&self) -> Own {
-        if self.flags & FORGED != 0 { Own::Forged } else { Own::Free }
+        if self.original.destination == self.reply.source { Own::Forged } else { Own::Free }
     }
 }
 
 #[inline(always)]
-fn widened([a, b, c, d]: V4) -> [u8; 16] {
-    [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+fn port(protocol: u8, port: [u8; 2]) -> Option<(u8, u16)> {
+    Protocol(protocol).has_ports().then_some((protocol, u16::from_be_bytes(port)))
 }
 
 /// The value of a proof for a connection whose entry's address is not known: it was listed by user space. It belongs to
@@ -278,7 +197,6 @@ impl Proof {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::packet::{ETHERTYPE_IPV4, Network, read};
 
     fn tuple(source: [u8; 4], source_port: u16, destination: [u8; 4], destination_port: u16) -> Tuple {
         let wide = |[a, b, c, d]: [u8; 4]| [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -320,17 +238,14 @@ mod tests {
             original: tuple([10, 1, 0, 1], 4000, [10, 0, 0, 9], 80),
             reply: tuple([10, 1, 0, 2], 8080, [10, 1, 0, 254], 5000),
         };
-        let opening: Flow<V4> = tuples.opening().flow();
-        assert_eq!(
-            opening,
-            Flow { source: [10, 1, 0, 1], destination: [10, 1, 0, 2], port: Some((6, 8080)) }
-        );
-        let returning: Flow<V4> = tuples.returning().flow();
-        assert_eq!(
-            returning,
-            Flow { source: [10, 1, 0, 2], destination: [10, 1, 0, 1], port: Some((6, 4000)) }
-        );
-        assert_eq!(tuples.opening().own(), Own::Free);
+        assert_eq!(tuples.family(), Some(Family::V4));
+        let opening = tuples.opening(Family::V4);
+        assert_eq!(opening.v4(), ([10, 1, 0, 1], [10, 1, 0, 2]));
+        assert_eq!((opening.family(), opening.port()), (Family::V4, Some((6, 8080))));
+        let returning = tuples.returning(Family::V4);
+        assert_eq!(returning.v4(), ([10, 1, 0, 2], [10, 1, 0, 1]));
+        assert_eq!(returning.port(), Some((6, 4000)));
+        assert_eq!(tuples.own(), Own::Free);
     }
 
     #[test]
@@ -339,42 +254,30 @@ mod tests {
             original: tuple([10, 1, 0, 1], 4000, [10, 1, 0, 2], 80),
             reply: tuple([10, 1, 0, 2], 80, [10, 1, 0, 254], 5000),
         };
-        assert_eq!(tuples.opening().own(), Own::Forged);
-        assert_eq!(tuples.returning().own(), Own::Forged);
+        assert_eq!(tuples.own(), Own::Forged);
+    }
+
+    #[test]
+    fn whole_addresses_of_ipv6_are_taken() {
+        let mut original = tuple([0; 4], 4000, [0; 4], 80);
+        original.family = FAMILY_V6;
+        original.source = [0xfd; 16];
+        let mut reply = original;
+        reply.source = [0xfe; 16];
+        let tuples = Tuples { original, reply };
+        assert_eq!(tuples.family(), Some(Family::V6));
+        let opening = tuples.opening(Family::V6);
+        assert_eq!((opening.family(), opening.v6()), (Family::V6, ([0xfd; 16], [0xfe; 16])));
+        assert_eq!(tuples.returning(Family::V6).v6(), ([0xfe; 16], [0xfd; 16]));
     }
 
     #[test]
     fn an_echo_has_no_port() {
         let mut original = tuple([10, 1, 0, 1], 77, [10, 1, 0, 2], 0x0800);
         original.protocol = 1;
-        let opening: Flow<V4> = Tuples { original, reply: original }.opening().flow();
-        assert_eq!(opening.port, None);
-    }
-
-    #[test]
-    fn a_packet_without_a_connection_is_not_translated() {
-        let frame = frame_of([10, 1, 0, 1], [10, 1, 0, 2]);
-        let network = Network { ethertype: ETHERTYPE_IPV4, offset: 0 };
-        let mut headers = Headers::default();
-        read(&&frame[..], network, &mut headers).unwrap();
-        let question = Question::of(&headers);
-        assert_eq!(question.own(), Own::Forged);
-        let flow: Flow<V4> = question.flow();
-        assert_eq!(
-            flow,
-            Flow { source: [10, 1, 0, 1], destination: [10, 1, 0, 2], port: Some((17, 0x1234)) }
-        );
-        let portless: Flow<V4> = question.without_port().flow();
-        assert_eq!(portless, Flow { port: None, ..flow });
-    }
-
-    fn frame_of(source: [u8; 4], destination: [u8; 4]) -> [u8; 28] {
-        let mut frame = [0; 28];
-        frame[..12].copy_from_slice(&[0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0]);
-        frame[12..16].copy_from_slice(&source);
-        frame[16..20].copy_from_slice(&destination);
-        frame[22..24].copy_from_slice(&[0x12, 0x34]);
-        frame
+        let tuples = Tuples { original, reply: original };
+        assert_eq!(tuples.opening(Family::V4).port(), None);
+        assert_eq!(tuples.returning(Family::V4).port(), None);
     }
 
     #[test]

@@ -140,6 +140,23 @@ pub enum Own {
     Forged,
 }
 
+impl Own {
+    /// As a number that one function of the kernel's side leaves for another.
+    #[inline(always)]
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::Free => 1,
+            Self::Forged => 0,
+        }
+    }
+
+    /// What the number says.
+    #[inline(always)]
+    pub const fn of(number: u32) -> Self {
+        if number == 1 { Self::Free } else { Self::Forged }
+    }
+}
+
 /// What the maps say of a flow. Both directions are judged, whichever of the ends is on this node.
 #[inline(always)]
 pub fn decide<A: Address, const W: usize>(lookups: &impl Lookups<A, W>, flow: &Flow<A>) -> Verdict {

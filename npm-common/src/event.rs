@@ -64,6 +64,28 @@ impl Outcome {
         self as u32
     }
 
+    /// The outcome with this slot; a number that is none is [`Outcome::Both`].
+    #[inline(always)]
+    pub const fn at(slot: u32) -> Self {
+        // Spelt out: the kernel would not let a program read a table at a place that it has not seen checked.
+        match slot {
+            0 => Self::NotIp,
+            1 => Self::Local,
+            2 => Self::Neighbour,
+            3 => Self::Proven,
+            4 => Self::NotIsolated,
+            5 => Self::Allowed,
+            6 => Self::Ingress,
+            7 => Self::Egress,
+            9 => Self::Truncated,
+            10 => Self::BadHeader,
+            11 => Self::TooManyExtensions,
+            12 => Self::TooManyTags,
+            13 => Self::NoConnection,
+            _ => Self::Both,
+        }
+    }
+
     /// Whether the packet goes on.
     #[inline(always)]
     pub const fn passes(self) -> bool {
@@ -168,6 +190,7 @@ mod tests {
     fn every_outcome_has_its_own_slot_and_name() {
         for (slot, outcome) in (0..).zip(Outcome::ALL) {
             assert_eq!(outcome.slot(), slot);
+            assert_eq!(Outcome::at(slot), outcome);
             assert!(Outcome::ALL.iter().filter(|other| other.name() == outcome.name()).count() == 1);
         }
     }

@@ -1,7 +1,10 @@
 //! The kernel's connection tracking, read from a program: where fields are, and the ways to read them.
 
+use core::ffi::c_void;
+use core::ptr::from_mut;
+
 use aya_ebpf::Global;
-use aya_ebpf::helpers::bpf_probe_read_kernel;
+use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
 use aya_ebpf::programs::TcContext;
 use npm_common::conntrack::Tuple;
 
@@ -20,8 +23,8 @@ pub(crate) trait Read {
     /// The packet's `_nfct`. `None`: the kernel would not show it.
     fn nfct(context: &TcContext) -> Option<u64>;
 
-    /// A tuple of the entry at this address.
-    fn tuple(entry: u64, which: Which) -> Option<Tuple>;
+    /// Reads a tuple of the entry at this address. `None`: the kernel would not show it.
+    fn tuple(entry: u64, which: Which, to: &mut Tuple) -> Option<()>;
 }
 
 /// One of an entry's tuples.
@@ -48,13 +51,20 @@ impl Read for ByProbe {
     #[inline(always)]
     fn nfct(context: &TcContext) -> Option<u64> {
         let field = (context.skb.skb as u64).wrapping_add(u64::from(NFCT_OFFSET.load()));
-        // SAFETY: the helper reads no memory that may not be read; any address may be asked for.
-        unsafe { bpf_probe_read_kernel(field as *const u64) }.ok()
+        let mut nfct: u64 = 0;
+        // SAFETY: the helper reads no memory that may not be read; any address may be asked for. `nfct` is of the length.
+        let outcome =
+            unsafe { bpf_probe_read_kernel(from_mut(&mut nfct).cast(), 8, field as *const c_void) };
+        (outcome == 0).then_some(nfct)
     }
 
     #[inline(always)]
-    fn tuple(entry: u64, which: Which) -> Option<Tuple> {
-        // SAFETY: the helper reads no memory that may not be read; any address may be asked for.
-        unsafe { bpf_probe_read_kernel(entry.wrapping_add(which.offset()) as *const Tuple) }.ok()
+    fn tuple(entry: u64, which: Which, to: &mut Tuple) -> Option<()> {
+        let from = entry.wrapping_add(which.offset());
+        // SAFETY: the helper reads no memory that may not be read; any address may be asked for. `to` is of the length.
+        let outcome = unsafe {
+            bpf_probe_read_kernel(from_mut(to).cast(), size_of::<Tuple>() as u32, from as *const c_void)
+        };
+        (outcome == 0).then_some(())
     }
 }

@@ -1,12 +1,12 @@
 //! What becomes of a packet that leaves the node through an interface: it passes if its connection was judged and
 //! allowed, and is judged otherwise.
 
-use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, PerCpuArray};
 use aya_ebpf::programs::TcContext;
-use npm_common::conntrack::{FAMILY_V4, FAMILY_V6, Question, State, Tuples, entry_of};
-use npm_common::decide::{Verdict, decide_with};
+use npm_common::conntrack::{State, Tuples, entry_of};
+use npm_common::decide::{Flow, Own, Verdict, decide_with};
 use npm_common::event::{Mode, OUTCOMES, Outcome};
 use npm_common::packet::{Family, Headers, ParseError};
 
@@ -52,7 +52,7 @@ fn judge<R: Read>(context: &TcContext) -> Outcome {
     }
     let Some(nfct) = R::nfct(context) else { return Outcome::NoConnection };
     match State::of(nfct) {
-        State::Nothing => judge_headers(context),
+        State::Nothing => Outcome::at(judge_headers(context.skb.skb)),
         state => judge_connection::<R>(context, entry_of(nfct), state),
     }
 }
@@ -60,90 +60,120 @@ fn judge<R: Read>(context: &TcContext) -> Outcome {
 /// Judges a packet by its connection.
 #[inline(always)]
 fn judge_connection<R: Read>(context: &TcContext, entry: u64, state: State) -> Outcome {
-    let Some(original) = R::tuple(entry, Which::Original) else { return Outcome::NoConnection };
+    let mut tuples = Tuples::default();
+    if R::tuple(entry, Which::Original, &mut tuples.original).is_none() {
+        return Outcome::NoConnection;
+    }
     // A packet that may be the first is always judged: the proof may be of an earlier connection.
-    if state != State::New && proof::is_proven(&original, entry) {
+    if state != State::New && proof::is_proven(&tuples.original, entry) {
         return Outcome::Proven;
     }
-    let Some(reply) = R::tuple(entry, Which::Reply) else { return Outcome::NoConnection };
-    let tuples = Tuples { original, reply };
-    let family = match original.family {
-        FAMILY_V4 => Family::V4,
-        FAMILY_V6 => Family::V6,
-        // The kernel tracks no other family.
-        _ => return Outcome::NoConnection,
-    };
-    let (first, second) = match state {
-        // Its own direction may be allowed; or it answers what is allowed.
-        State::Reply => (tuples.returning(), Some(tuples.opening())),
-        State::New | State::Original | State::Related | State::Nothing => (tuples.opening(), None),
-    };
-    let outcome = judge_question(family, &first);
-    if outcome.passes() {
-        proof::prove(&original, entry);
-        return outcome;
+    if R::tuple(entry, Which::Reply, &mut tuples.reply).is_none() {
+        return Outcome::NoConnection;
     }
-    if let Some(second) = second
-        && judge_question(family, &second).passes()
-    {
-        proof::prove(&original, entry);
-        return Outcome::Allowed;
+    let mut outcome = match state {
+        State::Reply => judge_tuples(&tuples, Way::Returning),
+        State::New | State::Original | State::Related | State::Nothing => {
+            judge_tuples(&tuples, Way::Opening)
+        }
+    };
+    if !outcome.passes() && state == State::Reply && judge_tuples(&tuples, Way::Opening).passes() {
+        // Its own direction is not allowed; but it answers what is.
+        outcome = Outcome::Allowed;
+    }
+    if outcome.passes() {
+        proof::prove(&tuples.original, entry);
+        return outcome;
     }
     if state == State::Related {
         // An error about a connection that nobody allowed is a packet like any other; its passing proves nothing.
-        let by_itself = judge_headers(context);
+        let by_itself = Outcome::at(judge_headers(context.skb.skb));
         if by_itself.passes() {
             return by_itself;
         }
     }
     if mode() == Mode::Enforce {
-        proof::refute(&original, entry);
+        proof::refute(&tuples.original, entry);
     }
     outcome
 }
 
-/// Judges a packet without a connection, by what its headers say.
+/// Which of a connection's directions is judged.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Opening,
+    Returning,
+}
+
+/// What the maps say of one direction of a connection.
 #[inline(always)]
-fn judge_headers(context: &TcContext) -> Outcome {
+fn judge_tuples(tuples: &Tuples, way: Way) -> Outcome {
+    Outcome::at(judge_direction(tuples, (way == Way::Returning).into()))
+}
+
+/// The slot of [`judge_tuples`]. A function of its own, as are all below: the verifier checks each once and apart, and
+/// the stack of one is free when it returns.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn judge_direction(tuples: *const Tuples, returning: u32) -> u32 {
+    // SAFETY: each caller's is to a value of its own, or there is none.
+    let Some(tuples) = (unsafe { tuples.as_ref() }) else { return Outcome::NoConnection.slot() };
+    // The kernel tracks no other family.
+    let Some(family) = tuples.family() else { return Outcome::NoConnection.slot() };
+    let flow = if returning == 1 { tuples.returning(family) } else { tuples.opening(family) };
+    judge_flow(&flow, tuples.own()).slot()
+}
+
+/// Judges a packet without a connection, by what its headers say; gives the outcome's slot.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn judge_headers(skb: *mut __sk_buff) -> u32 {
+    let context = TcContext::new(skb);
     let mut headers = Headers::default();
-    match read_into(context, Start::Network, &mut headers) {
+    let read = read_into(&context, Start::Network, &mut headers);
+    let outcome = match read {
         Ok(()) if headers.is_neighbour_discovery() => Outcome::Neighbour,
-        Ok(()) => judge_question(headers.family(), &Question::of(&headers)),
         Err(ParseError::NotIp) => Outcome::NotIp,
         // Nobody can say whose it is.
         Err(error) if !headers.has_addresses() => Outcome::unread(error),
-        // It passes if neither end is isolated: what nobody at all is allowed is denied to it.
-        Err(error) => match judge_question(headers.family(), &Question::of(&headers).without_port()) {
-            Outcome::NotIsolated => Outcome::NotIsolated,
-            _ => Outcome::unread(error),
-        },
-    }
+        read => {
+            match (read, judge_flow(&headers, Own::Forged)) {
+                (Ok(()), outcome) => outcome,
+                // It passes if neither end is isolated, whatever an isolated one is allowed.
+                (Err(_), Outcome::NotIsolated) => Outcome::NotIsolated,
+                (Err(error), _) => Outcome::unread(error),
+            }
+        }
+    };
+    outcome.slot()
 }
 
-/// What the maps say. The verifier checks the two functions once and apart.
+/// What the maps say of a flow. The verifier checks the two functions once and apart.
 #[inline(always)]
-fn judge_question(family: Family, question: &Question) -> Outcome {
-    let code = match family {
-        Family::V4 => judge_v4(question),
-        Family::V6 => judge_v6(question),
+fn judge_flow(flow: &Headers, own: Own) -> Outcome {
+    let code = match flow.family() {
+        Family::V4 => judge_v4(flow, own.number()),
+        Family::V6 => judge_v6(flow, own.number()),
     };
     Verdict::of(code).map_or(Outcome::Both, Outcome::of)
 }
 
-/// The code of the verdict on a flow of IPv4.
+/// The code of the verdict on a flow of IPv4; `own` is an [`Own`]'s number.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn judge_v4(question: *const Question) -> u32 {
+extern "C" fn judge_v4(flow: *const Headers, own: u32) -> u32 {
     // SAFETY: each caller's is to a value of its own, or there is none.
-    let Some(question) = (unsafe { question.as_ref() }) else { return 0 };
-    decide_with(&Ipv4, &question.flow(), question.own()).code()
+    let Some(flow) = (unsafe { flow.as_ref() }) else { return 0 };
+    let (source, destination) = flow.v4();
+    decide_with(&Ipv4, &Flow { source, destination, port: flow.port() }, Own::of(own)).code()
 }
 
 /// The code of the verdict on a flow of IPv6.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn judge_v6(question: *const Question) -> u32 {
+extern "C" fn judge_v6(flow: *const Headers, own: u32) -> u32 {
     // SAFETY: each caller's is to a value of its own, or there is none.
-    let Some(question) = (unsafe { question.as_ref() }) else { return 0 };
-    decide_with(&Ipv6, &question.flow(), question.own()).code()
+    let Some(flow) = (unsafe { flow.as_ref() }) else { return 0 };
+    let (source, destination) = flow.v6();
+    decide_with(&Ipv6, &Flow { source, destination, port: flow.port() }, Own::of(own)).code()
 }
