@@ -4,6 +4,7 @@ use anyhow::Result;
 use npm_agent::backend::Backend;
 use npm_agent::backend::ebpf::enforcer::{Ebpf, Options};
 use npm_agent::exec::Tools;
+use npm_agent::interfaces::select::Selection;
 use npm_tests::lab::netns::Namespaces;
 use npm_tests::lab::require_root;
 use npm_tests::lab::service::Dialect;
@@ -22,6 +23,7 @@ fn every_program_loads() -> Result<()> {
             choice: choice.parse()?,
             iptables: tracking(Dialect::Nft),
             tools: Tools::default(),
+                    selection: Selection::default(),
         };
         let mut backend = node.run(|| Ok(Ebpf::new(options)?))?;
         node.run(|| Ok(backend.remove()?))?;

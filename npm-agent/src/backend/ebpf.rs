@@ -11,6 +11,7 @@
 pub mod attach;
 pub mod btf;
 pub mod choice;
+mod connections;
 mod datapath;
 pub mod enforcer;
 pub mod kernel;
@@ -18,6 +19,6 @@ pub mod lower;
 mod maps;
 mod packet;
 pub mod pins;
-pub mod ports;
 pub mod rule;
+mod watch;
 pub mod words;

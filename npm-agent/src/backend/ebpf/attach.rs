@@ -3,8 +3,9 @@
 //! A TCX link is pinned under its interface's index. A restart replaces the program in the link: no packet meets none. In
 //! a clsact queueing discipline the filter has a priority and a handle of its own, by which it is replaced in place.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
 use aya::programs::tc::{
@@ -17,24 +18,20 @@ use rustix::io::Errno;
 
 use super::choice::{Choice, Hook};
 use super::pins::Pins;
+use crate::interfaces::select::{Need, Selection};
+use crate::interfaces::{Index, Interface};
 
 /// The filter's priority: before all others.
 const PRIORITY: u16 = 1;
 /// The filter's handle: "np", so that nobody else's is taken for ours.
 const HANDLE: TcHandle = TcHandle::new(0x6e70, 1);
 
-/// An interface of the node.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Port {
-    /// The kernel's number for it.
-    pub index: u32,
-    /// Its name at the moment.
-    pub name: String,
-}
-
 /// Why an interface has no program.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
+    /// The program is not where it was pinned.
+    #[error("cannot find the pinned eBPF program")]
+    Pinned(#[source] ProgramError),
     /// The kernel refused the program.
     #[error("cannot attach the eBPF program to {name}")]
     Program {
@@ -64,57 +61,108 @@ pub enum AttachError {
     },
 }
 
-/// The program's places.
-#[derive(Debug)]
-pub struct Attachments {
+/// The program's places. Several threads share it: what changes policies, and what follows the interfaces.
+#[derive(Clone)]
+pub(super) struct Attachments(Arc<Mutex<Places>>);
+
+struct Places {
     pins: Pins,
     hook: Hook,
-    /// Where this process has attached its program.
-    attached: BTreeMap<u32, String>,
+    selection: Selection,
+    /// The program; `None` when it is to be nowhere any more.
+    program: Option<SchedClassifier>,
+    /// Where this process has attached it.
+    attached: BTreeSet<Index>,
 }
 
 impl Attachments {
-    /// None yet.
-    pub fn new(pins: Pins, choice: Choice) -> Self {
+    /// None yet, of the program that is pinned.
+    ///
+    /// # Errors
+    /// It is not pinned.
+    pub(super) fn new(pins: Pins, choice: Choice, selection: Selection) -> Result<Self, AttachError> {
         let has_links = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0));
         let offered = if has_links { Hook::Tcx } else { Hook::Clsact };
-        Self { pins, hook: choice.hook.unwrap_or(offered), attached: BTreeMap::new() }
+        let program = SchedClassifier::from_pin(pins.program()).map_err(AttachError::Pinned)?;
+        let hook = choice.hook.unwrap_or(offered);
+        let places = Places { pins, hook, selection, program: Some(program), attached: BTreeSet::new() };
+        Ok(Self(Arc::new(Mutex::new(places))))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Places> {
+        // No code panics while it holds the lock, and a panic elsewhere ends the process.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How the program is attached.
-    pub fn hook(&self) -> Hook {
-        self.hook
+    pub(super) fn hook(&self) -> Hook {
+        self.lock().hook
     }
 
-    /// Attaches the program wherever it is not; gives how many places are new to this process. A place that fails does
-    /// not keep the others waiting.
+    /// Attaches the program to each of these interfaces that needs it and does not have it; gives how many places are new
+    /// to this process. A place that fails does not keep the others waiting.
     ///
     /// # Errors
     /// The first failure.
-    pub fn sync(&mut self, program: &mut SchedClassifier, ports: &[Port]) -> Result<usize, AttachError> {
+    pub(super) fn sync<'a>(
+        &self,
+        interfaces: impl IntoIterator<Item = &'a Interface>,
+    ) -> Result<usize, AttachError> {
+        self.lock().sync(interfaces)
+    }
+
+    /// Forgets an interface that is gone, with its link.
+    pub(super) fn forget(&self, index: Index) {
+        let mut places = self.lock();
+        places.attached.remove(&index);
+        // There is none in a clsact queueing discipline, or if it never was attached.
+        let _ = std::fs::remove_file(places.pins.link(index.0));
+    }
+
+    /// Takes away links of interfaces that are not among these.
+    pub(super) fn forget_all_but(&self, known: &BTreeMap<Index, Interface>) {
+        let links = self.lock().pins.links().unwrap_or_default();
+        for index in links.into_iter().map(Index).filter(|index| !known.contains_key(index)) {
+            self.forget(index);
+        }
+    }
+
+    /// Lets go of the program: nothing is attached from here on.
+    pub(super) fn close(&self) {
+        self.lock().program = None;
+    }
+}
+
+impl Places {
+    fn sync<'a>(
+        &mut self,
+        interfaces: impl IntoIterator<Item = &'a Interface>,
+    ) -> Result<usize, AttachError> {
+        let Some(mut program) = self.program.take() else { return Ok(0) };
         let (mut outcome, mut new) = (Ok(()), 0);
-        self.attached.retain(|index, _| ports.iter().any(|port| port.index == *index));
-        for port in ports {
-            if self.attached.contains_key(&port.index) && self.is_there(program, port) {
+        for interface in interfaces {
+            match self.selection.need(interface) {
+                Need::Program(_) => {}
+                Need::Nothing(_) => continue,
+            }
+            if self.attached.contains(&interface.index) && self.is_there(&program, interface) {
                 continue;
             }
-            match self.attach(program, port) {
-                Ok(()) => {
-                    self.attached.insert(port.index, port.name.clone());
-                    new += 1;
-                }
+            match self.attach(&mut program, interface) {
+                Ok(()) => new += usize::from(self.attached.insert(interface.index)),
                 Err(error) => outcome = outcome.and(Err(error)),
             }
         }
+        self.program = Some(program);
         outcome.map(|()| new)
     }
 
     /// Whether the kernel says that the program is where we attached it.
-    fn is_there(&self, program: &SchedClassifier, port: &Port) -> bool {
+    fn is_there(&self, program: &SchedClassifier, interface: &Interface) -> bool {
         match self.hook {
             Hook::Tcx => {
                 let Ok(id) = program.info().map(|info| info.id()) else { return false };
-                SchedClassifier::query_tcx(&port.name, TcAttachType::Egress)
+                SchedClassifier::query_tcx(&interface.name, TcAttachType::Egress)
                     .is_ok_and(|(_, found)| found.iter().any(|program| program.id() == id))
             }
             // The filter can't be asked for without replacing it: replacing is harmless.
@@ -122,18 +170,18 @@ impl Attachments {
         }
     }
 
-    fn attach(&self, program: &mut SchedClassifier, port: &Port) -> Result<(), AttachError> {
+    fn attach(&self, program: &mut SchedClassifier, interface: &Interface) -> Result<(), AttachError> {
         match self.hook {
-            Hook::Tcx => self.attach_tcx(program, port),
-            Hook::Clsact => attach_clsact(program, port),
+            Hook::Tcx => self.attach_tcx(program, interface),
+            Hook::Clsact => attach_clsact(program, interface),
         }
     }
 
-    fn attach_tcx(&self, program: &mut SchedClassifier, port: &Port) -> Result<(), AttachError> {
-        let name = || port.name.clone();
+    fn attach_tcx(&self, program: &mut SchedClassifier, interface: &Interface) -> Result<(), AttachError> {
+        let name = || interface.name.clone();
         let failed = |source| AttachError::Program { name: name(), source };
         let broken = |source: LinkError| AttachError::Link { name: name(), source: Box::new(source) };
-        let path = self.pins.link(port.index);
+        let path = self.pins.link(interface.index.0);
         if let Ok(pinned) = PinnedLink::from_pin(&path) {
             let link = SchedClassifierLink::try_from(FdLink::from(pinned)).map_err(broken)?;
             if let Ok(id) = program.attach_to_link(link) {
@@ -146,37 +194,27 @@ impl Attachments {
             removed.map_err(|source| AttachError::Link { name: name(), source: Box::new(source) })?;
         }
         let first = TcAttachOptions::TcxOrder(LinkOrder::first());
-        let id = program.attach_with_options(&port.name, TcAttachType::Egress, first).map_err(failed)?;
+        let id = program.attach_with_options(&interface.name, TcAttachType::Egress, first).map_err(failed)?;
         let link = FdLink::try_from(program.take_link(id).map_err(failed)?).map_err(broken)?;
         link.pin(&path).map_err(|source| AttachError::Link { name: name(), source: Box::new(source) })?;
         Ok(())
     }
-
-    /// Takes away links of interfaces that are gone.
-    pub fn forget_gone(&self, ports: &[Port]) {
-        let Ok(links) = self.pins.links() else { return };
-        for index in links.into_iter().filter(|index| ports.iter().all(|port| port.index != *index)) {
-            if let Err(error) = std::fs::remove_file(self.pins.link(index)) {
-                tracing::debug!(index, %error, "the link of an interface that is gone stays");
-            }
-        }
-    }
 }
 
-fn attach_clsact(program: &mut SchedClassifier, port: &Port) -> Result<(), AttachError> {
-    let name = || port.name.clone();
+fn attach_clsact(program: &mut SchedClassifier, interface: &Interface) -> Result<(), AttachError> {
+    let name = || interface.name.clone();
     let failed = |source| AttachError::Program { name: name(), source };
-    match qdisc_add_clsact(&port.name) {
+    match qdisc_add_clsact(&interface.name) {
         Ok(()) => {}
         Err(error) if is(&error, &[Errno::EXIST]) => {}
         Err(source) => return Err(AttachError::Clsact { name: name(), source }),
     }
     let ours = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
-    let attached = program.attach_with_options(&port.name, TcAttachType::Egress, TcAttachOptions::Netlink(ours));
+    let attached = program.attach_with_options(&interface.name, TcAttachType::Egress, TcAttachOptions::Netlink(ours));
     let id = match attached {
         Err(ProgramError::TcError(error)) if is(&error, &[Errno::EXIST]) => {
             let link =
-                SchedClassifierLink::attached(&port.name, TcAttachType::Egress, PRIORITY, HANDLE, None);
+                SchedClassifierLink::attached(&interface.name, TcAttachType::Egress, PRIORITY, HANDLE, None);
             let link = link.map_err(|source| AttachError::Link { name: name(), source: Box::new(source) })?;
             program.attach_to_link(link).map_err(failed)?
         }
@@ -191,14 +229,14 @@ fn attach_clsact(program: &mut SchedClassifier, port: &Port) -> Result<(), Attac
 ///
 /// # Errors
 /// One is still there.
-pub fn detach_clsact(port: &Port, programs: &[&str]) -> Result<bool, AttachError> {
+pub fn detach_clsact(interface: &Interface, programs: &[&str]) -> Result<bool, AttachError> {
     let mut found = false;
     for program in programs {
-        match qdisc_detach_program(&port.name, TcAttachType::Egress, program) {
+        match qdisc_detach_program(&interface.name, TcAttachType::Egress, program) {
             Ok(()) => found = true,
             // No such filter, no such queueing discipline, no such interface any more.
             Err(error) if is(&error, &[Errno::NOENT, Errno::INVAL, Errno::NODEV]) => {}
-            Err(source) => return Err(AttachError::Clsact { name: port.name.clone(), source }),
+            Err(source) => return Err(AttachError::Clsact { name: interface.name.clone(), source }),
         }
     }
     Ok(found)

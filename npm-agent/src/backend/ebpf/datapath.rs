@@ -60,17 +60,13 @@ impl Datapath {
         for name in [entry(reading), VERDICT] {
             program(&mut ebpf, name)?.load().map_err(|error| permitted(error, KernelError::Program))?;
         }
+        pins.replace_program(program(&mut ebpf, entry(reading))?)?;
         Ok(Self { ebpf, reading })
     }
 
     /// How it reads the kernel's connections.
     pub(super) fn reading(&self) -> Reading {
         self.reading
-    }
-
-    /// The program to attach.
-    pub(super) fn program(&mut self) -> Result<&mut SchedClassifier, KernelError> {
-        program(&mut self.ebpf, entry(self.reading))
     }
 
     /// All programs and maps.
@@ -113,6 +109,9 @@ impl Datapath {
         Outcome::ALL.into_iter().map(count).collect()
     }
 }
+
+/// The names of all enforcing programs that there are and were.
+pub(super) const ENTRIES: [&str; 1] = ["enforce_probe"];
 
 /// The name of the program in the object.
 pub(super) fn entry(reading: Reading) -> &'static str {

@@ -8,16 +8,18 @@ use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::Goal;
 
 use super::attach::{Attachments, detach_clsact};
-use super::choice::{Choice, Reading};
-use super::datapath::{Datapath, entry};
+use super::choice::Choice;
+use super::connections::{Reaper, prove_existing};
+use super::datapath::{Datapath, ENTRIES};
 use super::kernel::{KernelError, verdict};
 use super::lower::{decision, lower};
 use super::maps::Maps;
 use super::pins::Pins;
-use super::ports::ports;
 use super::rule::Iptables;
+use super::watch::{Watch, interfaces};
 use crate::backend::{Applied, Backend, BackendError, Removed};
 use crate::exec::Tools;
+use crate::interfaces::select::Selection;
 
 /// How the backend is set up.
 #[derive(Clone, Debug)]
@@ -30,6 +32,8 @@ pub struct Options {
     pub iptables: Vec<Iptables>,
     /// Where iptables is.
     pub tools: Tools,
+    /// Which interfaces are left out.
+    pub selection: Selection,
 }
 
 /// The backend. It works in the network namespace of the thread that calls it.
@@ -40,6 +44,10 @@ pub struct Ebpf {
     datapath: Datapath,
     maps: Maps,
     attachments: Attachments,
+    /// Runs from the first time that the program is attached.
+    watch: Option<Watch>,
+    /// Runs until everything is removed.
+    reaper: Option<Reaper>,
     /// Whether an earlier process of ours enforces.
     inherited: bool,
 }
@@ -50,16 +58,19 @@ impl Ebpf {
     /// # Errors
     /// The process may not, or the kernel lacks what is needed.
     pub fn new(options: Options) -> Result<Self, BackendError> {
-        let Options { instance, choice, iptables, tools } = options;
+        let Options { instance, choice, iptables, tools, selection } = options;
         let pins = Pins::of(&instance).map_err(KernelError::from)?;
         let mut datapath = Datapath::load(choice, &pins)?;
         let inherited = datapath.mode()? == Mode::Enforce;
         let maps = datapath.take_maps()?;
-        let attachments = Attachments::new(pins.clone(), choice);
+        let attachments = Attachments::new(pins.clone(), choice, selection).map_err(KernelError::from)?;
+        let reaper = Some(Reaper::start(&pins)?);
         tracing::info!(
             reading = %datapath.reading(), hook = %attachments.hook(), inherited, "the eBPF program is loaded"
         );
-        let mut ebpf = Self { iptables, tools, pins, datapath, maps, attachments, inherited };
+        let watch = None;
+        let mut ebpf =
+            Self { iptables, tools, pins, datapath, maps, attachments, watch, reaper, inherited };
         if inherited {
             ebpf.attach()?;
         }
@@ -76,9 +87,13 @@ impl Ebpf {
 
     /// Attaches the program wherever it is not; gives how many places are new.
     fn attach(&mut self) -> Result<usize, BackendError> {
-        let ports = ports().map_err(KernelError::Ports)?;
-        self.attachments.forget_gone(&ports);
-        Ok(self.attachments.sync(self.datapath.program()?, &ports).map_err(KernelError::from)?)
+        let known = interfaces()?;
+        self.attachments.forget_all_but(&known);
+        let new = self.attachments.sync(known.values()).map_err(KernelError::from)?;
+        if self.watch.is_none() {
+            self.watch = Some(Watch::start(self.attachments.clone())?);
+        }
+        Ok(new)
     }
 
     /// Puts back the rules that make the kernel track connections; gives what was not there.
@@ -95,7 +110,7 @@ impl Ebpf {
 
 impl fmt::Debug for Ebpf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Ebpf").field("attachments", &self.attachments).finish_non_exhaustive()
+        f.debug_struct("Ebpf").field("pins", &self.pins).finish_non_exhaustive()
     }
 }
 
@@ -117,7 +132,11 @@ impl Backend for Ebpf {
         if self.datapath.mode()? == Mode::Enforce {
             drift = missing;
         } else {
+            // In this order: from here on every new connection is judged, and its proof is recorded; then those that were
+            // there before get theirs; then what has none is dropped.
+            let proven = prove_existing(&self.pins)?;
             self.datapath.set_mode(Mode::Enforce)?;
+            tracing::info!(connections = proven, "policies are enforced; connections that existed live on");
         }
         self.inherited = false;
         Ok(Applied { set_writes, rule_writes, drift, degraded: Vec::new() })
@@ -134,10 +153,11 @@ impl Backend for Ebpf {
     }
 
     fn remove(&mut self) -> Result<Removed, BackendError> {
+        self.attachments.close();
+        (self.watch, self.reaper) = (None, None);
         let mut removed = Removed { rules: self.pins.remove().map_err(KernelError::from)?, ..Removed::default() };
-        for port in ports().map_err(KernelError::Ports)? {
-            let programs = [entry(Reading::Probe)];
-            removed.rules += usize::from(detach_clsact(&port, &programs).map_err(KernelError::from)?);
+        for interface in interfaces()?.values() {
+            removed.rules += usize::from(detach_clsact(interface, &ENTRIES).map_err(KernelError::from)?);
         }
         for iptables in &self.iptables {
             removed.chains += usize::from(iptables.remove(&self.tools)?);

@@ -16,6 +16,8 @@ use super::maps::Maps;
 use super::packet::opening;
 use super::pins::PinsError;
 use crate::backend::BackendError;
+use crate::conntrack::ConntrackError;
+use crate::interfaces::follow::FollowError;
 
 /// The committed object: `cargo xtask ebpf` makes it.
 pub(super) static OBJECT: &[u8] =
@@ -71,7 +73,13 @@ pub enum KernelError {
     Attach(#[from] AttachError),
     /// The interfaces are not known.
     #[error("cannot list the network interfaces")]
-    Ports(#[source] io::Error),
+    Interfaces(#[from] FollowError),
+    /// The kernel's connections are not known.
+    #[error("cannot use the kernel's table of connections")]
+    Connections(#[source] ConntrackError),
+    /// There can be no more threads.
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
     /// The goal does not fit into the maps.
     #[error("the policies of this node do not fit into the eBPF maps")]
     Lower(#[from] LowerError),

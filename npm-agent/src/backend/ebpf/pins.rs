@@ -14,6 +14,8 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
+use aya::pin::PinError;
+use aya::programs::SchedClassifier;
 use npm_common::layout::SCHEMA;
 use rustix::fs::statfs;
 use rustix::mount::{MountFlags, mount};
@@ -40,6 +42,15 @@ pub enum PinsError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// The kernel does not pin something.
+    #[error("cannot pin {}", path.display())]
+    Pin {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: PinError,
     },
     /// A file or directory can't be made, read or removed.
     #[error("cannot use {}", path.display())]
@@ -100,6 +111,18 @@ impl Pins {
             made.map_err(|source| PinsError::Io { path, source })?;
         }
         Ok(())
+    }
+
+    /// Pins a program in the place of the one that is pinned.
+    ///
+    /// # Errors
+    /// It can't be pinned; the other is there still.
+    pub(super) fn replace_program(&self, program: &mut SchedClassifier) -> Result<(), PinsError> {
+        let (path, next) = (self.program(), self.version().join("program-next"));
+        // One that an earlier process did not come to rename.
+        let _ = std::fs::remove_file(&next);
+        program.pin(&next).map_err(|source| PinsError::Pin { path: next.clone(), source })?;
+        std::fs::rename(&next, &path).map_err(|source| PinsError::Io { path, source })
     }
 
     /// The interfaces that have a link pinned here, by index.
