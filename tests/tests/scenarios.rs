@@ -171,9 +171,18 @@ fn scenarios_by_ebpf() -> Result<()> {
         return Ok(());
     }
     let scenarios = load("scenarios")?;
-    let scenarios: Vec<_> = scenarios.into_iter().filter(|it| std::env::var("NPM_ONLY").map_or(true, |only| only.split(',').any(|o| o == it.name))).collect();
-    check(&scenarios, Means::Ebpf("probe,tcx".parse()?), Dialect::Nft);
-    check(&scenarios, Means::Ebpf("probe,clsact".parse()?), Dialect::Legacy);
+    check(&scenarios, Means::Ebpf("probe,maps,tcx".parse()?), Dialect::Nft);
+    check(&scenarios, Means::Ebpf("probe,maps,clsact".parse()?), Dialect::Legacy);
+    Ok(())
+}
+
+/// Through the running agent, as [`scenarios_by_the_agent`].
+#[test]
+fn scenarios_by_the_ebpf_agent() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    check(&load("scenarios")?, Means::EbpfAgent, Dialect::Nft);
     Ok(())
 }
 

@@ -34,6 +34,8 @@ pub enum Means {
     Ebpf(Choice),
     /// The agent's program.
     Agent,
+    /// The agent's program with its eBPF backend.
+    EbpfAgent,
 }
 
 /// Enforces on one node.
@@ -115,11 +117,11 @@ impl Enforcer {
                 let backend = netns.run(|| Ok(Box::new(Ebpf::new(options)?)))?;
                 Ok(Self::Ebpf { netns: netns.clone(), node: node.to_owned(), backend })
             }
-            Means::Agent => {
+            Means::Agent | Means::EbpfAgent => {
                 let own: PathBuf = directory.join(netns.name());
                 std::fs::create_dir_all(&own).with_context(|| format!("making {}", own.display()))?;
                 let settings = Settings {
-                    backend: "iptables".into(),
+                    backend: if means == Means::Agent { "iptables" } else { "ebpf" }.into(),
                     node: node.to_owned(),
                     manifests: directory.join("manifests"),
                     directory: own,

@@ -10,6 +10,13 @@ pub enum Reading {
     Probe,
 }
 
+/// Where proofs are, and how the entries of denied connections go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Proofs {
+    /// In a map; user space deletes entries over ctnetlink.
+    Maps,
+}
+
 /// How a program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Hook {
@@ -24,13 +31,15 @@ pub enum Hook {
 pub struct Choice {
     /// How connections are read.
     pub reading: Option<Reading>,
+    /// Where proofs are.
+    pub proofs: Option<Proofs>,
     /// How the program is attached.
     pub hook: Option<Hook>,
 }
 
 /// A word that names no choice.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{word:?} is no way to load the eBPF program; known are: probe, tcx, clsact")]
+#[error("{word:?} is no way to load the eBPF program; known are: probe, maps, tcx, clsact")]
 pub struct UnknownChoice {
     /// The word.
     pub word: String,
@@ -39,12 +48,13 @@ pub struct UnknownChoice {
 impl FromStr for Choice {
     type Err = UnknownChoice;
 
-    /// Reads words with commas between them: `probe,clsact`.
+    /// Reads words with commas between them: `probe,maps,clsact`.
     fn from_str(text: &str) -> Result<Self, UnknownChoice> {
         let mut choice = Self::default();
         for word in text.split(',').map(str::trim).filter(|word| !word.is_empty()) {
             match word {
                 "probe" => choice.reading = Some(Reading::Probe),
+                "maps" => choice.proofs = Some(Proofs::Maps),
                 "tcx" => choice.hook = Some(Hook::Tcx),
                 "clsact" => choice.hook = Some(Hook::Clsact),
                 _ => return Err(UnknownChoice { word: word.to_owned() }),
@@ -78,8 +88,12 @@ mod tests {
     #[test]
     fn words_choose() {
         assert_eq!("".parse(), Ok(Choice::default()));
-        let both = Choice { reading: Some(Reading::Probe), hook: Some(Hook::Clsact) };
-        assert_eq!("probe, clsact".parse(), Ok(both));
+        let all = Choice {
+            reading: Some(Reading::Probe),
+            proofs: Some(Proofs::Maps),
+            hook: Some(Hook::Clsact),
+        };
+        assert_eq!("probe, maps,clsact".parse(), Ok(all));
         assert_eq!("xdp".parse::<Choice>(), Err(UnknownChoice { word: "xdp".into() }));
     }
 }
