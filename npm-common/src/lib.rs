@@ -6,6 +6,7 @@
 pub mod conntrack;
 pub mod decide;
 pub mod event;
+pub mod kfunc;
 pub mod layout;
 pub mod mark;
 pub mod packet;

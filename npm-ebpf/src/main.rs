@@ -99,6 +99,12 @@ pub fn enforce_probe(context: TcContext) -> i32 {
     enforce::enforce::<conntrack::ByProbe>(&context)
 }
 
+/// As [`enforce_probe`], reading them with casts.
+#[classifier]
+pub fn enforce_cast(context: TcContext) -> i32 {
+    enforce::enforce::<conntrack::ByCast>(&context)
+}
+
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     // The verifier refuses a program in which this can be reached.

@@ -48,7 +48,8 @@ spec: {podSelector: {matchLabels: {app: a}}, policyTypes: [Ingress, Egress], ing
 "#;
 
 /// All that is tried on this kernel.
-const VARIANTS: [&str; 2] = ["probe,maps,tcx", "probe,maps,clsact"];
+const VARIANTS: [&str; 4] =
+    ["cast,maps,tcx", "cast,maps,clsact", "probe,maps,tcx", "probe,maps,clsact"];
 
 /// How many ports a flood of fresh ones uses in turn.
 const FRESH: u16 = 4000;

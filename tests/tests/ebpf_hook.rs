@@ -15,7 +15,7 @@ fn every_program_loads() -> Result<()> {
     if !require_root() {
         return Ok(());
     }
-    for choice in ["probe,tcx", "probe,clsact"] {
+    for choice in ["", "cast,maps,tcx", "cast,maps,clsact", "probe,maps,tcx", "probe,maps,clsact"] {
         let namespaces = Namespaces::create(["node"])?;
         let node = &namespaces.members()[0];
         let options = Options {

@@ -171,8 +171,10 @@ fn scenarios_by_ebpf() -> Result<()> {
         return Ok(());
     }
     let scenarios = load("scenarios")?;
-    check(&scenarios, Means::Ebpf("probe,maps,tcx".parse()?), Dialect::Nft);
-    check(&scenarios, Means::Ebpf("probe,maps,clsact".parse()?), Dialect::Legacy);
+    check(&scenarios, Means::Ebpf("cast,maps,tcx".parse()?), Dialect::Nft);
+    check(&scenarios, Means::Ebpf("cast,maps,clsact".parse()?), Dialect::Legacy);
+    check(&scenarios, Means::Ebpf("probe,maps,tcx".parse()?), Dialect::Legacy);
+    check(&scenarios, Means::Ebpf("probe,maps,clsact".parse()?), Dialect::Nft);
     Ok(())
 }
 

@@ -13,6 +13,7 @@ const MAGIC: u16 = 0xeb9f;
 const HEADER_LEN_BYTES: usize = 24;
 const STRUCT: u32 = 4;
 const UNION: u32 = 5;
+const FUNCTION: u32 = 12;
 /// Bytes of a structure's member.
 const MEMBER_LEN_BYTES: usize = 12;
 
@@ -59,6 +60,19 @@ pub struct Offsets {
     pub reply: u32,
     /// Of `mark`.
     pub mark: u32,
+    /// What the programs that cast need besides; `None`: this kernel can't.
+    pub casts: Option<Casts>,
+}
+
+/// The kernel's numbers for what the programs that cast use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Casts {
+    /// The function bpf_cast_to_kern_ctx.
+    pub context: u32,
+    /// The function bpf_rdonly_cast.
+    pub cast: u32,
+    /// The type `struct nf_conn`.
+    pub entry: u32,
 }
 
 impl Offsets {
@@ -107,6 +121,14 @@ impl Offsets {
             original: hashes + within,
             reply: hashes + stride + within,
             mark: offset("nf_conn", "mark", "nf_conn.mark (CONFIG_NF_CONNTRACK_MARK)")?,
+            casts: types.first().and_then(|kernel| {
+                // The kernel resolves them among its own types, not among a module's.
+                Some(Casts {
+                    context: kernel.id(FUNCTION, "bpf_cast_to_kern_ctx")?,
+                    cast: kernel.id(FUNCTION, "bpf_rdonly_cast")?,
+                    entry: kernel.id(STRUCT, "nf_conn")?,
+                })
+            }),
         })
     }
 }
@@ -184,6 +206,16 @@ impl<'a> Types<'a> {
             let found = self.at(*start)?;
             (self.string(word(&self.bytes, *start)? as usize)? == name.as_bytes()).then_some(found)
         })
+    }
+
+    /// The number of the type of this kind and name that is defined in this file.
+    fn id(&self, wanted: u32, name: &str) -> Option<u32> {
+        let index = self.starts.iter().position(|start| {
+            let is = |at: usize, expected: &dyn Fn(u32) -> bool| word(&self.bytes, at).is_some_and(expected);
+            is(start + 4, &|info| kind(info) == wanted)
+                && is(*start, &|at| self.string(at as usize) == Some(name.as_bytes()))
+        })?;
+        u32::try_from(self.base.map_or(1, Types::count) + index).ok()
     }
 
     /// The structure or union that begins here.
@@ -319,7 +351,8 @@ mod tests {
         made.structure("nf_conn", 240, &[("ct_general", 1, 0), ("tuplehash", 1, 24), ("mark", 1, 172)]);
     }
 
-    const EXPECTED: Offsets = Offsets { nfct: 104, original: 40, reply: 96, mark: 172 };
+    const EXPECTED: Offsets =
+        Offsets { nfct: 104, original: 40, reply: 96, mark: 172, casts: None };
 
     #[test]
     fn offsets_are_found_in_unnamed_parts_too() {
@@ -344,6 +377,21 @@ mod tests {
         let module = Types::parse(module.bytes(), Some(&kernel)).unwrap();
         assert_eq!(Offsets::of(&[&kernel, &module]).unwrap(), EXPECTED);
         assert!(matches!(Offsets::of(&[&kernel]), Err(BtfError::Missing { .. })));
+    }
+
+    #[test]
+    fn functions_for_casts_have_numbers() {
+        let mut made = Made::default();
+        made.int();
+        made.structure("sk_buff", 200, &[("next", 1, 0), ("_nfct", 1, 104)]);
+        conntrack(&mut made);
+        for function in ["bpf_rdonly_cast", "bpf_cast_to_kern_ctx"] {
+            let name = made.name(function);
+            made.words(&[name, FUNCTION << 24, 1]);
+        }
+        let types = Types::parse(made.bytes(), None).unwrap();
+        let casts = Some(Casts { context: 8, cast: 7, entry: 6 });
+        assert_eq!(Offsets::of(&[&types]).unwrap(), Offsets { casts, ..EXPECTED });
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::str::FromStr;
 /// How a program reads the kernel's connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reading {
+    /// By the kernel's functions that cast: faster, and for kernels from 6.2 on that have connection tracking built in.
+    Cast,
     /// By the helper bpf_probe_read_kernel.
     Probe,
 }
@@ -39,7 +41,7 @@ pub struct Choice {
 
 /// A word that names no choice.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{word:?} is no way to load the eBPF program; known are: probe, maps, tcx, clsact")]
+#[error("{word:?} is no way to load the eBPF program; known are: cast, probe, maps, tcx, clsact")]
 pub struct UnknownChoice {
     /// The word.
     pub word: String,
@@ -53,6 +55,7 @@ impl FromStr for Choice {
         let mut choice = Self::default();
         for word in text.split(',').map(str::trim).filter(|word| !word.is_empty()) {
             match word {
+                "cast" => choice.reading = Some(Reading::Cast),
                 "probe" => choice.reading = Some(Reading::Probe),
                 "maps" => choice.proofs = Some(Proofs::Maps),
                 "tcx" => choice.hook = Some(Hook::Tcx),
@@ -67,6 +70,7 @@ impl FromStr for Choice {
 impl fmt::Display for Reading {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Cast => "cast",
             Self::Probe => "probe",
         })
     }

@@ -6,6 +6,7 @@ use aya::maps::{Array, PerCpuArray};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfLoader};
 use npm_common::event::{Mode, Outcome};
+use npm_common::kfunc::{CAST, CAST_CONTEXT, link};
 
 use super::btf::Offsets;
 use super::choice::{Choice, Reading};
@@ -45,18 +46,30 @@ impl Datapath {
     /// The process may not, or the kernel lacks what the programs need. Maps may have been pinned.
     pub(super) fn load(choice: Choice, pins: &Pins) -> Result<Self, KernelError> {
         let offsets = Offsets::of_this_kernel()?;
-        let reading = choice.reading.unwrap_or(Reading::Probe);
+        let reading = match (choice.reading, offsets.casts) {
+            (Some(Reading::Probe), _) | (None, None) => Reading::Probe,
+            (Some(Reading::Cast) | None, Some(_)) => Reading::Cast,
+            (Some(Reading::Cast), None) => return Err(KernelError::NoCasts),
+        };
+        let mut object = OBJECT.to_vec();
+        let mut entry_type = 0;
+        if let Some(casts) = offsets.casts {
+            link(&mut object, CAST_CONTEXT, casts.context.cast_signed());
+            link(&mut object, CAST, casts.cast.cast_signed());
+            entry_type = casts.entry;
+        }
         pins.make()?;
         let paths: Vec<_> = PINNED.iter().map(|name| (*name, pins.map(name))).collect();
         let mut loader = EbpfLoader::new();
         loader
+            .override_global("ENTRY_TYPE", &entry_type, true)
             .override_global("NFCT_OFFSET", &offsets.nfct, true)
             .override_global("ORIGINAL_OFFSET", &offsets.original, true)
             .override_global("REPLY_OFFSET", &offsets.reply, true);
         for (name, path) in &paths {
             loader.map_pin_path(name, path.as_path());
         }
-        let mut ebpf = loader.load(OBJECT).map_err(|error| permitted(error, KernelError::Object))?;
+        let mut ebpf = loader.load(&object).map_err(|error| permitted(error, KernelError::Object))?;
         for name in [entry(reading), VERDICT] {
             program(&mut ebpf, name)?.load().map_err(|error| permitted(error, KernelError::Program))?;
         }
@@ -111,11 +124,12 @@ impl Datapath {
 }
 
 /// The names of all enforcing programs that there are and were.
-pub(super) const ENTRIES: [&str; 1] = ["enforce_probe"];
+pub(super) const ENTRIES: [&str; 2] = ["enforce_probe", "enforce_cast"];
 
 /// The name of the program in the object.
 pub(super) fn entry(reading: Reading) -> &'static str {
     match reading {
+        Reading::Cast => "enforce_cast",
         Reading::Probe => "enforce_probe",
     }
 }

@@ -65,6 +65,9 @@ pub enum KernelError {
     /// The kernel does not say where it keeps what the programs read.
     #[error("this kernel is not one that the eBPF backend can enforce on")]
     Types(#[from] BtfError),
+    /// The programs that cast were asked for.
+    #[error("this kernel has no functions to cast to its connections")]
+    NoCasts,
     /// Nothing can be pinned.
     #[error("cannot keep eBPF maps beyond the process")]
     Pins(#[from] PinsError),
