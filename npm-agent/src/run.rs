@@ -140,6 +140,14 @@ fn ebpf(settings: &Settings) -> anyhow::Result<Box<dyn Backend>> {
     Ok(Box::new(ebpf::enforcer::Ebpf::new(options).context("loading the eBPF programs")?))
 }
 
+/// Removes what any version of the eBPF backend has pinned and attached; gives how many objects those were.
+///
+/// # Errors
+/// Something is still there.
+pub(crate) fn remove_pinned() -> anyhow::Result<usize> {
+    Ok(ebpf::enforcer::remove_all()?)
+}
+
 /// The programs of the node's iptables, for the rule that makes the kernel track connections.
 fn tracking(variant: IptablesVariant) -> Vec<ebpf::rule::Iptables> {
     let variant = match variant {

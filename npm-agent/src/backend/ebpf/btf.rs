@@ -3,6 +3,7 @@
 //! Distributions build connection tracking into the kernel or as a module; a module's types are in a file of their own,
 //! which goes on where the kernel's ends (split BTF). Format: Documentation/bpf/btf.rst.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +15,17 @@ const HEADER_LEN_BYTES: usize = 24;
 const STRUCT: u32 = 4;
 const UNION: u32 = 5;
 const FUNCTION: u32 = 12;
+
+/// The types that are asked for.
+const WANTED: [(u32, &str); 7] = [
+    (STRUCT, "sk_buff"),
+    (STRUCT, "nf_conn"),
+    (STRUCT, "nf_conntrack_man"),
+    (STRUCT, "nf_conntrack_tuple"),
+    (STRUCT, "nf_conntrack_tuple_hash"),
+    (FUNCTION, "bpf_cast_to_kern_ctx"),
+    (FUNCTION, "bpf_rdonly_cast"),
+];
 /// Bytes of a structure's member.
 const MEMBER_LEN_BYTES: usize = 12;
 
@@ -140,6 +152,8 @@ struct Types<'a> {
     strings_len: usize,
     /// Where each type begins.
     starts: Vec<usize>,
+    /// The places in `starts` of the types that are asked for, by kind and name: a kernel has more than 100,000.
+    wanted: BTreeMap<(u32, &'static str), usize>,
     base: Option<&'a Types<'a>>,
 }
 
@@ -176,7 +190,25 @@ impl<'a> Types<'a> {
             starts.push(at);
             at += 12 + extra_len(word(&bytes, at + 4)?)?;
         }
-        Some(Self { bytes, strings, strings_len, starts, base })
+        let mut types = Self { bytes, strings, strings_len, starts, wanted: BTreeMap::new(), base };
+        types.wanted = types.find();
+        Some(types)
+    }
+
+    /// Finds [`WANTED`]. Of several with one name the first counts.
+    fn find(&self) -> BTreeMap<(u32, &'static str), usize> {
+        let mut found = BTreeMap::new();
+        for (index, start) in self.starts.iter().enumerate() {
+            let Some(kind) = word(&self.bytes, start + 4).map(kind) else { continue };
+            if kind != STRUCT && kind != FUNCTION {
+                continue;
+            }
+            let Some(name) = word(&self.bytes, *start).and_then(|at| self.string(at as usize)) else { continue };
+            if let Some(wanted) = WANTED.iter().find(|(of, wanted)| *of == kind && wanted.as_bytes() == name) {
+                found.entry(*wanted).or_insert(index);
+            }
+        }
+        found
     }
 
     /// Types up to the end of this file; the type 0 is none.
@@ -193,7 +225,7 @@ impl<'a> Types<'a> {
         match (offset.checked_sub(first), self.base) {
             (Some(offset), _) => {
                 let rest = self.bytes.get(self.strings + offset..self.strings + self.strings_len)?;
-                rest.split(|byte| *byte == 0).next()
+                rest.get(..rest.iter().position(|byte| *byte == 0)?)
             }
             (None, Some(base)) => base.string(offset),
             (None, None) => None,
@@ -201,20 +233,13 @@ impl<'a> Types<'a> {
     }
 
     /// The structure of this name that is defined in this file.
-    fn structure(&self, name: &str) -> Option<Structure<'_>> {
-        self.starts.iter().find_map(|start| {
-            let found = self.at(*start)?;
-            (self.string(word(&self.bytes, *start)? as usize)? == name.as_bytes()).then_some(found)
-        })
+    fn structure(&self, name: &'static str) -> Option<Structure<'_>> {
+        self.at(*self.starts.get(*self.wanted.get(&(STRUCT, name))?)?)
     }
 
     /// The number of the type of this kind and name that is defined in this file.
-    fn id(&self, wanted: u32, name: &str) -> Option<u32> {
-        let index = self.starts.iter().position(|start| {
-            let is = |at: usize, expected: &dyn Fn(u32) -> bool| word(&self.bytes, at).is_some_and(expected);
-            is(start + 4, &|info| kind(info) == wanted)
-                && is(*start, &|at| self.string(at as usize) == Some(name.as_bytes()))
-        })?;
+    fn id(&self, kind: u32, name: &'static str) -> Option<u32> {
+        let index = *self.wanted.get(&(kind, name))?;
         u32::try_from(self.base.map_or(1, Types::count) + index).ok()
     }
 

@@ -155,13 +155,35 @@ impl Backend for Ebpf {
     fn remove(&mut self) -> Result<Removed, BackendError> {
         self.attachments.close();
         (self.watch, self.reaper) = (None, None);
-        let mut removed = Removed { rules: self.pins.remove().map_err(KernelError::from)?, ..Removed::default() };
-        for interface in interfaces()?.values() {
-            removed.rules += usize::from(detach_clsact(interface, &ENTRIES).map_err(KernelError::from)?);
-        }
+        let mut removed = Removed { rules: take_away(&self.pins)?, ..Removed::default() };
         for iptables in &self.iptables {
             removed.chains += usize::from(iptables.remove(&self.tools)?);
         }
         Ok(removed)
     }
+}
+
+/// Takes away what instances of any name and version have pinned and attached in the calling thread's network namespace;
+/// gives how many files and filters that were. The rules that track connections are not among them.
+///
+/// # Errors
+/// Something is still there.
+pub fn remove_all() -> Result<usize, BackendError> {
+    let mut removed = 0;
+    for pins in Pins::all().map_err(KernelError::from)? {
+        removed += pins.remove().map_err(KernelError::from)?;
+    }
+    Ok(removed + detach_all()?)
+}
+
+fn take_away(pins: &Pins) -> Result<usize, BackendError> {
+    Ok(pins.remove().map_err(KernelError::from)? + detach_all()?)
+}
+
+fn detach_all() -> Result<usize, BackendError> {
+    let mut removed = 0;
+    for interface in interfaces()?.values() {
+        removed += usize::from(detach_clsact(interface, &ENTRIES).map_err(KernelError::from)?);
+    }
+    Ok(removed)
 }

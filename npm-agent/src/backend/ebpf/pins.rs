@@ -4,6 +4,7 @@
 //! /sys/fs/bpf/npm-agent/<instance>/v<schema>/maps/<NAME>      what is enforced
 //!                                           /program         by which program
 //!                                           /links/<index>   where: an interface's TCX link
+//!                                 /netns-<inode>             in which network namespace, for whoever cleans up
 //! ```
 //!
 //! The schema says what the maps hold and how they belong together; a process of another schema finds another directory
@@ -11,7 +12,7 @@
 
 use std::fs::{DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use aya::pin::PinError;
@@ -81,6 +82,17 @@ impl Pins {
         Ok(Self { instance: root.join(OURS).join(instance.replace('.', "_")) })
     }
 
+    /// Of all instances that work in the calling thread's network namespace, of whatever version.
+    ///
+    /// # Errors
+    /// They can't be listed.
+    pub fn all() -> Result<Vec<Self>, PinsError> {
+        let ours = Path::new(BPF_FILE_SYSTEM).join(OURS);
+        let home = home()?;
+        let all = names(&ours)?.into_iter().map(|instance| Self { instance: ours.join(instance) });
+        Ok(all.filter(|pins| pins.instance.join(&home).is_dir()).collect())
+    }
+
     fn version(&self) -> PathBuf {
         self.instance.join(format!("v{SCHEMA}"))
     }
@@ -105,8 +117,8 @@ impl Pins {
     /// # Errors
     /// They can't be made.
     pub fn make(&self) -> Result<(), PinsError> {
-        for directory in ["maps", "links"] {
-            let path = self.version().join(directory);
+        let version = self.version();
+        for path in [version.join("maps"), version.join("links"), self.instance.join(home()?)] {
             let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
             made.map_err(|source| PinsError::Io { path, source })?;
         }
@@ -154,6 +166,15 @@ impl Pins {
         }
         Ok(removed)
     }
+}
+
+/// The directory that says in which network namespace an instance works: it is empty, and its name has the namespace's
+/// inode.
+fn home() -> Result<String, PinsError> {
+    let path = Path::new("/proc/thread-self/ns/net");
+    let found = std::fs::metadata(path);
+    let inode = found.map_err(|source| PinsError::Io { path: path.to_owned(), source })?.ino();
+    Ok(format!("netns-{inode}"))
 }
 
 /// The names of the entries of a directory; none if there is no such directory.
