@@ -59,8 +59,7 @@ impl Read for ByProbe {
         let field = (context.skb.skb as u64).wrapping_add(u64::from(NFCT_OFFSET.load()));
         let mut nfct: u64 = 0;
         // SAFETY: the helper reads no memory that may not be read; any address may be asked for. `nfct` is of the length.
-        let outcome =
-            unsafe { bpf_probe_read_kernel(from_mut(&mut nfct).cast(), 8, field as *const c_void) };
+        let outcome = unsafe { bpf_probe_read_kernel(from_mut(&mut nfct).cast(), 8, field as *const c_void) };
         (outcome == 0).then_some(nfct)
     }
 

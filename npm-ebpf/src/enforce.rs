@@ -73,9 +73,7 @@ fn judge_connection<R: Read>(context: &TcContext, entry: u64, state: State) -> O
     }
     let mut outcome = match state {
         State::Reply => judge_tuples(&tuples, Way::Returning),
-        State::New | State::Original | State::Related | State::Nothing => {
-            judge_tuples(&tuples, Way::Opening)
-        }
+        State::New | State::Original | State::Related | State::Nothing => judge_tuples(&tuples, Way::Opening),
     };
     if !outcome.passes() && state == State::Reply && judge_tuples(&tuples, Way::Opening).passes() {
         // Its own direction is not allowed; but it answers what is.

@@ -11,7 +11,8 @@ use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
 use aya_ebpf::helpers::{bpf_skb_load_bytes, bpf_skb_load_bytes_relative};
 use aya_ebpf::programs::TcContext;
 use npm_common::packet::{
-    Bytes, ETHERTYPE_SERVICE_VLAN, ETHERTYPE_VLAN, Headers, MAX_OFFSET, Network, ParseError, behind_ethernet, code, outcome, read,
+    Bytes, ETHERTYPE_SERVICE_VLAN, ETHERTYPE_VLAN, Headers, MAX_OFFSET, Network, ParseError, behind_ethernet,
+    code, outcome, read,
 };
 
 /// Where a packet is read from.
@@ -48,7 +49,12 @@ pub(crate) fn read_into(context: &TcContext, start: Start, headers: &mut Headers
 /// [`code`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn read_from_start(skb: *mut __sk_buff, ethertype: u64, offset: u64, headers: *mut Headers) -> u32 {
+extern "C" fn read_from_start(
+    skb: *mut __sk_buff,
+    ethertype: u64,
+    offset: u64,
+    headers: *mut Headers,
+) -> u32 {
     let Some(mut headers) = NonNull::new(headers) else { return code(Err(ParseError::Truncated)) };
     // SAFETY: it is not null, and each caller's is to a value of its own.
     let headers = unsafe { headers.as_mut() };
@@ -146,9 +152,8 @@ impl Bytes for FromStart {
         }
         // Not in the linear part: the kernel copies it from wherever it is, or says that it does not exist.
         // SAFETY: the pointer is to N writable bytes, and N is the length.
-        let outcome = unsafe {
-            bpf_skb_load_bytes(self.skb.cast(), offset as u32, to.as_mut_ptr().cast(), N as u32)
-        };
+        let outcome =
+            unsafe { bpf_skb_load_bytes(self.skb.cast(), offset as u32, to.as_mut_ptr().cast(), N as u32) };
         (outcome == 0).then_some(())
     }
 }

@@ -167,8 +167,12 @@ impl Stage {
     /// The kernel does not list them.
     pub fn connections(&self) -> Result<usize> {
         self.node().run(|| {
-            let pods: [IpAddr; 4] =
-                ["10.241.0.2".parse()?, "10.241.0.3".parse()?, "fd00:241::2".parse()?, "fd00:241::3".parse()?];
+            let pods: [IpAddr; 4] = [
+                "10.241.0.2".parse()?,
+                "10.241.0.3".parse()?,
+                "fd00:241::2".parse()?,
+                "fd00:241::3".parse()?,
+            ];
             let entries = Conntrack::open()?.entries()?;
             let between = entries.iter().filter(|entry| {
                 pods.contains(&entry.original.source) && pods.contains(&entry.original.destination)
@@ -265,7 +269,11 @@ fn packets(kind: Kind, ports: Ports, own: IpAddr, other: IpAddr, way: Way) -> Re
             Kind::Icmp => {
                 let first = if way == Way::Forward { Echo::Request } else { Echo::Reply };
                 packets.push(echo(ends, first, port)?);
-                packets.push(echo(ends, if first == Echo::Request { Echo::Reply } else { Echo::Request }, port)?);
+                packets.push(echo(
+                    ends,
+                    if first == Echo::Request { Echo::Reply } else { Echo::Request },
+                    port,
+                )?);
             }
             Kind::Sctp => {
                 for (chunk, verification) in [(SctpChunk::Init, 0), (SctpChunk::InitAck, 7)] {
@@ -277,4 +285,3 @@ fn packets(kind: Kind, ports: Ports, own: IpAddr, other: IpAddr, way: Way) -> Re
     }
     Ok(packets)
 }
-

@@ -28,8 +28,7 @@ spec: {podSelector: {matchLabels: {app: a}}, policyTypes: [Ingress, Egress], ing
 "#;
 
 /// All that is tried on this kernel.
-const VARIANTS: [&str; 4] =
-    ["cast,maps,tcx", "cast,maps,clsact", "probe,maps,tcx", "probe,maps,clsact"];
+const VARIANTS: [&str; 4] = ["cast,maps,tcx", "cast,maps,clsact", "probe,maps,tcx", "probe,maps,clsact"];
 
 fn lasts() -> Result<Duration> {
     let seconds = std::env::var("NPM_FLOOD_SECONDS").unwrap_or_else(|_| "0.5".into());

@@ -186,7 +186,10 @@ fn connections_from_before_live_on() -> Result<()> {
         node.run(|| Ok(backend.apply(&closed()?)?))?;
         echo("restarted")?;
         node.run(|| Ok(backend.remove()?))?;
-        assert_eq!(stage.lab.probe(&[Probe { expected: Some(npm_policy::flow::Decision::Allow), ..probe }])?, [Outcome::Answered]);
+        assert_eq!(
+            stage.lab.probe(&[Probe { expected: Some(npm_policy::flow::Decision::Allow), ..probe }])?,
+            [Outcome::Answered]
+        );
     }
     Ok(())
 }

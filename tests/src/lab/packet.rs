@@ -175,9 +175,7 @@ pub fn tcp(ends: Ends, segment: Segment, sequence: u32) -> Result<Vec<u8>> {
 pub fn sctp(ends: Ends, chunk: Sctp) -> Result<Vec<u8>> {
     let payload = chunk.to_bytes();
     let mut packet = Vec::new();
-    ip(ends)?
-        .write(&mut packet, etherparse::IpNumber::SCTP, &payload)
-        .context("building an SCTP packet")?;
+    ip(ends)?.write(&mut packet, etherparse::IpNumber::SCTP, &payload).context("building an SCTP packet")?;
     Ok(packet)
 }
 

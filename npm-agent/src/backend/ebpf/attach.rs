@@ -210,7 +210,8 @@ fn attach_clsact(program: &mut SchedClassifier, interface: &Interface) -> Result
         Err(source) => return Err(AttachError::Clsact { name: name(), source }),
     }
     let ours = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
-    let attached = program.attach_with_options(&interface.name, TcAttachType::Egress, TcAttachOptions::Netlink(ours));
+    let attached =
+        program.attach_with_options(&interface.name, TcAttachType::Egress, TcAttachOptions::Netlink(ours));
     let id = match attached {
         Err(ProgramError::TcError(error)) if is(&error, &[Errno::EXIST]) => {
             let link =
@@ -246,7 +247,9 @@ pub fn detach_clsact(interface: &Interface, programs: &[&str]) -> Result<bool, A
 fn answer(error: &TcError) -> Option<i32> {
     match error {
         TcError::NetlinkError(error) => error.raw_os_error(),
-        TcError::IoError(error) if error.kind() == io::ErrorKind::NotFound => Some(Errno::NOENT.raw_os_error()),
+        TcError::IoError(error) if error.kind() == io::ErrorKind::NotFound => {
+            Some(Errno::NOENT.raw_os_error())
+        }
         TcError::IoError(error) => error.raw_os_error(),
         TcError::NulError(_)
         | TcError::AlreadyAttached

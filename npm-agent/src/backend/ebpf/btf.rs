@@ -167,8 +167,7 @@ struct Structure<'a> {
 
 impl<'a> Types<'a> {
     fn read(path: &Path, base: Option<&'a Types<'a>>) -> Result<Self, BtfError> {
-        let bytes =
-            std::fs::read(path).map_err(|source| BtfError::Read { path: path.to_owned(), source })?;
+        let bytes = std::fs::read(path).map_err(|source| BtfError::Read { path: path.to_owned(), source })?;
         Self::parse(bytes, base).ok_or_else(|| BtfError::Malformed { path: path.to_owned() })
     }
 
@@ -203,8 +202,11 @@ impl<'a> Types<'a> {
             if kind != STRUCT && kind != FUNCTION {
                 continue;
             }
-            let Some(name) = word(&self.bytes, *start).and_then(|at| self.string(at as usize)) else { continue };
-            if let Some(wanted) = WANTED.iter().find(|(of, wanted)| *of == kind && wanted.as_bytes() == name) {
+            let Some(name) = word(&self.bytes, *start).and_then(|at| self.string(at as usize)) else {
+                continue;
+            };
+            if let Some(wanted) = WANTED.iter().find(|(of, wanted)| *of == kind && wanted.as_bytes() == name)
+            {
                 found.entry(*wanted).or_insert(index);
             }
         }
@@ -376,8 +378,7 @@ mod tests {
         made.structure("nf_conn", 240, &[("ct_general", 1, 0), ("tuplehash", 1, 24), ("mark", 1, 172)]);
     }
 
-    const EXPECTED: Offsets =
-        Offsets { nfct: 104, original: 40, reply: 96, mark: 172, casts: None };
+    const EXPECTED: Offsets = Offsets { nfct: 104, original: 40, reply: 96, mark: 172, casts: None };
 
     #[test]
     fn offsets_are_found_in_unnamed_parts_too() {

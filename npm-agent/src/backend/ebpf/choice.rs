@@ -92,11 +92,8 @@ mod tests {
     #[test]
     fn words_choose() {
         assert_eq!("".parse(), Ok(Choice::default()));
-        let all = Choice {
-            reading: Some(Reading::Probe),
-            proofs: Some(Proofs::Maps),
-            hook: Some(Hook::Clsact),
-        };
+        let all =
+            Choice { reading: Some(Reading::Probe), proofs: Some(Proofs::Maps), hook: Some(Hook::Clsact) };
         assert_eq!("probe, maps,clsact".parse(), Ok(all));
         assert_eq!("xdp".parse::<Choice>(), Err(UnknownChoice { word: "xdp".into() }));
     }

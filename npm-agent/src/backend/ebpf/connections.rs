@@ -134,7 +134,8 @@ pub(super) fn prove_existing(pins: &Pins) -> Result<usize, KernelError> {
         // Not over what a program knows better.
         match proofs.map.insert(words(&key), listed(&key), BPF_NOEXIST) {
             Ok(()) => {}
-            Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(MapError::SyscallError(error))
+                if error.io_error.kind() == std::io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(proofs.failed(error)),
         }
     }

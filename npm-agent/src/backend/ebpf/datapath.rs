@@ -116,9 +116,8 @@ impl Datapath {
         let failed = |source| KernelError::Map { name: NAME, source };
         let map = self.ebpf.map(NAME).ok_or(KernelError::Missing { name: NAME })?;
         let map = PerCpuArray::<_, u64>::try_from(map).map_err(failed)?;
-        let count = |outcome: Outcome| {
-            Ok((outcome, map.get(&outcome.slot(), 0).map_err(failed)?.iter().sum()))
-        };
+        let count =
+            |outcome: Outcome| Ok((outcome, map.get(&outcome.slot(), 0).map_err(failed)?.iter().sum()));
         Outcome::ALL.into_iter().map(count).collect()
     }
 }

@@ -69,8 +69,7 @@ impl Ebpf {
             reading = %datapath.reading(), hook = %attachments.hook(), inherited, "the eBPF program is loaded"
         );
         let watch = None;
-        let mut ebpf =
-            Self { iptables, tools, pins, datapath, maps, attachments, watch, reaper, inherited };
+        let mut ebpf = Self { iptables, tools, pins, datapath, maps, attachments, watch, reaper, inherited };
         if inherited {
             ebpf.attach()?;
         }

@@ -158,7 +158,10 @@ pub(super) fn verdict(ebpf: &Ebpf, flow: &Flow) -> Result<Verdict, KernelError> 
 const EPERM: i32 = 1;
 
 /// Tells a lack of privilege from everything else.
-pub(super) fn permitted<E: Error + Send + Sync + 'static>(error: E, other: impl Fn(E) -> KernelError) -> KernelError {
+pub(super) fn permitted<E: Error + Send + Sync + 'static>(
+    error: E,
+    other: impl Fn(E) -> KernelError,
+) -> KernelError {
     let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
     let mut refused = false;
     while let Some(this) = cause {

@@ -30,7 +30,7 @@ pub const BPF_FILE_SYSTEM: &str = "/sys/fs/bpf";
 const OURS: &str = "npm-agent";
 
 /// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
-const MAGIC: i64 = 0xcafe_4a11;
+const MAGIC: i128 = 0xcafe_4a11;
 
 /// Why nothing can be pinned.
 #[derive(Debug, thiserror::Error)]
@@ -230,7 +230,7 @@ fn mount_once(root: &Path) -> Result<(), PinsError> {
 }
 
 fn is_bpf(path: &Path) -> bool {
-    statfs(path).is_ok_and(|found| found.f_type as i64 == MAGIC)
+    statfs(path).is_ok_and(|found| i128::from(found.f_type) == MAGIC)
 }
 
 #[cfg(test)]

@@ -48,7 +48,8 @@ impl Iptables {
             return Ok(false);
         }
         // Naming the chain makes it, or empties it.
-        let rule = self.rule().map(|word| if word.contains(' ') { format!("\"{word}\"") } else { word.into() });
+        let rule =
+            self.rule().map(|word| if word.contains(' ') { format!("\"{word}\"") } else { word.into() });
         let text = format!("*filter\n:{CHAIN} - [0:0]\n-A {} RETURN\nCOMMIT\n", rule.join(" "));
         tools.write(&format!("{}-restore", self.program), &["--noflush", "-w", "5"], &text)?;
         Ok(true)
