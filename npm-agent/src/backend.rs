@@ -127,6 +127,9 @@ pub enum BackendError {
     /// The kernel's table of connections could not be read or changed.
     #[error("cannot cut connections")]
     Connections(#[from] ConntrackError),
+    /// The eBPF programs or maps can't be used.
+    #[error("the eBPF backend")]
+    Ebpf(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The kernel lacks what the backend cannot do without.
     #[error("the kernel lacks {what}")]
     Unsupported {

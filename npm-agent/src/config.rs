@@ -48,9 +48,10 @@ pub struct Flags {
     #[arg(long, env = "NPM_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// What programs the kernel: iptables
+    /// What programs the kernel: iptables or ebpf
     ///
-    /// iptables: iptables and ipset, in Azure NPM's chains and sets. (The eBPF backend is not in this version.)
+    /// iptables: iptables and ipset, in Azure NPM's chains and sets. ebpf: programs at the egress of every interface,
+    /// on the kernel's own connection tracking.
     /// [default: iptables]
     #[arg(long, env = "NPM_BACKEND", value_name = "BACKEND")]
     pub backend: Option<BackendKind>,

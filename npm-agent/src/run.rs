@@ -8,12 +8,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::backend::Backend;
+use npm_policy::goal::Family;
+
 use crate::backend::cut::Cutting;
 use crate::backend::iptables::layout::{Established, Placement};
 use crate::backend::iptables::render::Form;
-use crate::backend::iptables::variant::Variant;
+use crate::backend::iptables::variant::{self, Variant};
 use crate::backend::iptables::{Iptables, Options};
+use crate::backend::{Backend, ebpf};
 use crate::config::file::PLACED_BEHIND;
 use crate::config::value::{BackendKind, ChainPlacement, DeniedConnections, IptablesVariant};
 use crate::config::{Flags, HostNames, Settings, Source};
@@ -71,6 +73,7 @@ fn announce(settings: &Settings) {
 fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
     let backend = match settings.backend {
         BackendKind::Iptables => iptables_that_cuts(settings)?,
+        BackendKind::Ebpf => ebpf(settings)?,
     };
     // From here on signals end the agent in order.
     let _context = runtime.enter();
@@ -81,6 +84,7 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
     let timing = Timing { verify_interval: settings.verify_interval, backoff: Backoff::default() };
     let board = Board::new(match settings.backend {
         BackendKind::Iptables => Engine::Iptables,
+        BackendKind::Ebpf => Engine::Ebpf,
     });
     let board = board.context("making the list of what escapes judgement")?;
     escape::start(board.clone(), settings.verify_interval, Tools::default())
@@ -132,6 +136,48 @@ fn known_differences(settings: &Settings) -> Vec<String> {
         ChainPlacement::First => Vec::new(),
         ChainPlacement::AfterKubeServices => vec![format!("PlaceAzureChainFirst=false is {PLACED_BEHIND}")],
     }
+}
+
+/// Which of the eBPF programs is loaded, and how it is attached: for tests and for looking for a fault. Words with commas
+/// between them; what is not said is chosen by what the kernel offers.
+const EBPF_CHOICE: &str = "NPM_EBPF_CHOICE";
+
+fn ebpf(settings: &Settings) -> anyhow::Result<Box<dyn Backend>> {
+    if settings.denied_connections == DeniedConnections::Cut {
+        bail!("denied-connections cut is of the iptables backend only, so far");
+    }
+    let choice = std::env::var(EBPF_CHOICE).unwrap_or_default();
+    let options = ebpf::enforcer::Options {
+        instance: settings.instance.clone(),
+        choice: choice.parse().with_context(|| format!("reading {EBPF_CHOICE}"))?,
+        iptables: tracking(settings.iptables_variant),
+        tools: Tools::default(),
+        selection: settings.interfaces.clone(),
+    };
+    Ok(Box::new(ebpf::enforcer::Ebpf::new(options).context("loading the eBPF programs")?))
+}
+
+/// Removes what any version of the eBPF backend has pinned and attached; gives how many objects those were.
+///
+/// # Errors
+/// Something is still there.
+pub(crate) fn remove_pinned() -> anyhow::Result<usize> {
+    Ok(ebpf::enforcer::remove_all()?)
+}
+
+/// The programs of the node's iptables, for the rule that makes the kernel track connections.
+fn tracking(variant: IptablesVariant) -> Vec<ebpf::rule::Iptables> {
+    let variant = match variant {
+        IptablesVariant::Auto => Variant::detect(&Tools::default()),
+        IptablesVariant::Nft => Variant::Nft,
+        IptablesVariant::Legacy => Variant::Legacy,
+    };
+    let mut families = vec![Family::V4];
+    if variant::has_ipv6().unwrap_or(true) {
+        families.push(Family::V6);
+    }
+    let program = |family| ebpf::rule::Iptables { family, program: variant.command(family) };
+    families.into_iter().map(program).collect()
 }
 
 /// The backend for `npm-agent cleanup`: it removes what is ours from every variant of iptables.

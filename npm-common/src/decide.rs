@@ -150,16 +150,52 @@ pub const fn unread(error: ParseError) -> u32 {
         }
 }
 
+/// What a packet with the same pod at both ends is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Own {
+    /// The pod's, to itself.
+    Free,
+    /// Somebody else's that says it is the pod's.
+    Forged,
+}
+
+impl Own {
+    /// As a number that one function of the kernel's side leaves for another.
+    #[inline(always)]
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::Free => 1,
+            Self::Forged => 0,
+        }
+    }
+
+    /// What the number says.
+    #[inline(always)]
+    pub const fn of(number: u32) -> Self {
+        if number == 1 { Self::Free } else { Self::Forged }
+    }
+}
+
 /// What the maps say of a flow. Both directions are judged, whichever of the ends is on this node.
 #[inline(always)]
 pub fn decide<A: Address, const W: usize>(lookups: &impl Lookups<A, W>, flow: &Flow<A>) -> Verdict {
+    decide_with(lookups, flow, Own::Free)
+}
+
+/// As [`decide`], for a packet of which it is known whether it may be a pod's to itself.
+#[inline(always)]
+pub fn decide_with<A: Address, const W: usize>(
+    lookups: &impl Lookups<A, W>,
+    flow: &Flow<A>,
+    own: Own,
+) -> Verdict {
     let half = half_of(lookups.generation());
     let (Ok(source), Ok(destination)) =
         (known(lookups, half, &flow.source), known(lookups, half, &flow.destination))
     else {
         return Verdict { ingress: Judgement::Denied, egress: Judgement::Denied };
     };
-    if source.pod != NO_POD && source.pod == destination.pod {
+    if own == Own::Free && source.pod != NO_POD && source.pod == destination.pod {
         return Verdict::FREE;
     }
     let ingress = match destination.ingress {

@@ -7,12 +7,17 @@
 //! - `read_ethernet` and `read_network` say what was read of a packet's headers: tests run them.
 //! - `verdict` says what the maps say of a packet's headers. It is run by BPF_PROG_TEST_RUN and never attached: what it
 //!   returns is a code of npm_common::decide and no action.
+//! - `enforce_*` drop what policies deny, at TC egress: one program for each way to read the kernel's connections, of
+//!   which one is loaded.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
 #![expect(missing_docs, reason = "the classifier macro makes a public function of its own")]
 
+mod conntrack;
+mod enforce;
 mod maps;
+mod proof;
 mod skb;
 
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
@@ -93,6 +98,18 @@ pub fn verdict(context: TcContext) -> i32 {
         Err(error) => unread(error),
     };
     code as i32
+}
+
+/// Judges what leaves the node, reading the kernel's connections with bpf_probe_read_kernel; proofs are in a map.
+#[classifier]
+pub fn enforce_probe(context: TcContext) -> i32 {
+    enforce::enforce::<conntrack::ByProbe>(&context)
+}
+
+/// As [`enforce_probe`], reading them with casts.
+#[classifier]
+pub fn enforce_cast(context: TcContext) -> i32 {
+    enforce::enforce::<conntrack::ByCast>(&context)
 }
 
 #[panic_handler]

@@ -7,6 +7,7 @@ pub mod frames;
 pub mod kubernetes;
 pub mod lab;
 pub mod opinions;
+pub mod pair;
 pub mod programs;
 pub mod property;
 pub mod random;

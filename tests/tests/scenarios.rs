@@ -170,6 +170,30 @@ fn scenarios_by_the_backend() -> Result<()> {
     Ok(())
 }
 
+/// The same packets, judged by the programs.
+#[test]
+fn scenarios_by_ebpf() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let scenarios = load("scenarios")?;
+    check(&scenarios, Means::Ebpf("cast,maps,tcx".parse()?), Dialect::Nft);
+    check(&scenarios, Means::Ebpf("cast,maps,clsact".parse()?), Dialect::Legacy);
+    check(&scenarios, Means::Ebpf("probe,maps,tcx".parse()?), Dialect::Legacy);
+    check(&scenarios, Means::Ebpf("probe,maps,clsact".parse()?), Dialect::Nft);
+    Ok(())
+}
+
+/// Through the running agent, as [`scenarios_by_the_agent`].
+#[test]
+fn scenarios_by_the_ebpf_agent() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    check(&load("scenarios")?, Means::EbpfAgent, Dialect::Nft);
+    Ok(())
+}
+
 /// Malformed objects and the like are in there too: what they are taken for is the converter's, so a lab shows it.
 #[test]
 fn cases_rendered() -> Result<()> {

@@ -30,7 +30,9 @@ fn nobody_passes_for_the_pod_itself() -> Result<()> {
     if !require_root() {
         return Ok(());
     }
-    for dialect in Dialect::BOTH {
+    for (backend, dialect) in
+        [("iptables", Dialect::Nft), ("iptables", Dialect::Legacy), ("ebpf", Dialect::Nft)]
+    {
         let pods = [("victim", ["10.241.0.2", "fd00:241::2"]), ("other", ["10.241.0.3", "fd00:241::3"])];
         let lab = Lab::build(&Spec::one_node(&pods)?)?;
         let directory = tempfile::tempdir()?;
@@ -40,23 +42,25 @@ fn nobody_passes_for_the_pod_itself() -> Result<()> {
         let mut agent = Agent::start(
             lab.netns("node")?,
             Settings {
-                backend: "iptables".into(),
+                backend: backend.into(),
                 node: "node".into(),
                 manifests: manifests.clone(),
                 directory: directory.path().to_owned(),
-                more: vec!["--iptables-variant".into(), dialect.name().into()],
+                more: ["--iptables-variant", dialect.name(), "--instance", lab.netns("node")?.name()]
+                    .map(str::to_owned)
+                    .to_vec(),
             },
         )?;
         agent.wait()?;
         for family in Family::BOTH {
             let open = arrivals(&lab, family, COUNT)?;
-            assert_eq!(open, COUNT, "{dialect:?} {family:?}: without a policy they arrive");
+            assert_eq!(open, COUNT, "{backend} {dialect:?} {family:?}: without a policy they arrive");
         }
         std::fs::write(manifests.join(".new"), format!("{PODS}{CLOSED}"))?;
         std::fs::rename(manifests.join(".new"), manifests.join("pods.yaml"))?;
         agent.wait()?;
         for family in Family::BOTH {
-            assert_eq!(arrivals(&lab, family, 0)?, 0, "{dialect:?} {family:?}");
+            assert_eq!(arrivals(&lab, family, 0)?, 0, "{backend} {dialect:?} {family:?}");
         }
         agent.terminate()?;
     }

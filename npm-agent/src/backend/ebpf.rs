@@ -10,12 +10,21 @@
 //! It judges and does not enforce: nothing is attached or pinned, and the maps are gone with the process.
 
 pub mod any_maps;
+pub mod attach;
+pub mod btf;
+pub mod choice;
+mod connections;
+mod datapath;
+pub mod enforcer;
 mod grace;
 pub mod held;
 pub mod kernel;
 pub mod lower;
 pub mod maps;
 mod packet;
+pub mod pins;
 pub mod plan;
+pub mod rule;
+mod watch;
 pub mod width;
 pub mod words;

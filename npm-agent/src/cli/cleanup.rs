@@ -8,7 +8,7 @@ use crate::{lock, run};
 
 /// Remove everything that npm-agent (or Azure NPM) has programmed on this node, and nothing else
 ///
-/// Looks in iptables-nft and iptables-legacy. The node is open afterwards: no policy is enforced. Needs root. Refuses while an agent runs, because that would
+/// Looks in iptables-nft and iptables-legacy, and among pinned eBPF objects. The node is open afterwards: no policy is enforced. Needs root. Refuses while an agent runs, because that would
 /// program everything again.
 ///
 /// Exit codes: 0 nothing of ours is left; 1 something is, see the message; 2 bad flags; 3 an agent runs.
@@ -26,9 +26,11 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let _lock = if args.force { None } else { Some(lock::take_network_namespace()?) };
     let mut backend = run::backend_for_cleanup()?;
+    // First: while the programs enforce, the rule that they need is among what iptables has of ours.
+    let pinned = run::remove_pinned().context("removing eBPF programs and maps")?;
     let removed = backend.remove().context("removing what npm-agent has programmed")?;
     super::print(&format!(
-        "removed {} sets, {} chains, {} rules in chains of others\n",
+        "removed {} sets, {} chains, {} rules in chains of others, {pinned} eBPF objects\n",
         removed.sets, removed.chains, removed.rules
     ))?;
     Ok(ExitCode::SUCCESS)

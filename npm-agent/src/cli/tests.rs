@@ -187,7 +187,6 @@ fn the_unit_waits_with_a_command_that_exists_for_less_long_than_systemd() {
 #[test]
 fn what_is_no_value_is_refused_with_what_would_be() {
     for (line, expected) in [
-        ("run --backend ebpf", "the eBPF backend is not in this version of npm-agent; use iptables"),
         ("run --source kube", "the Kubernetes API source is not in this version"),
         ("run --backend nft", "\"nft\" is none of iptables"),
         ("run --iptables-variant xtables", "is none of auto, nft, legacy"),

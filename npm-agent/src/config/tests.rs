@@ -221,8 +221,8 @@ fn what_cannot_be_meant_is_an_error_that_names_the_key() {
             "config file npm.json: ListeningPort must be a whole number from 0 to 65535, not 65536",
         ),
         (
-            r#"{"Backend": "eBPF"}"#,
-            "config file npm.json: Backend: the eBPF backend is not in this version of npm-agent; use iptables",
+            r#"{"Backend": "nftables"}"#,
+            r#"config file npm.json: Backend: "nftables" is none of iptables, ebpf"#,
         ),
         (r#"{"VerifyInterval": "1ms"}"#, "config file npm.json: VerifyInterval: at least 100ms is needed"),
         (

@@ -53,10 +53,10 @@ choice! {
     BackendKind {
         /// iptables and ipset.
         Iptables = "iptables",
+        /// eBPF programs at the egress of every interface.
+        Ebpf = "ebpf",
     }
-    refused {
-        "ebpf" => "the eBPF backend is not in this version of npm-agent; use iptables",
-    }
+    refused {}
 }
 
 choice! {

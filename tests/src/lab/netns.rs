@@ -16,6 +16,9 @@ use crate::exec;
 /// Where `ip netns` keeps the names (ip-netns(8)).
 const NAMES: &str = "/run/netns";
 
+/// Where agents keep their maps (npm_agent::backend::ebpf::pins).
+const PINS: &str = "/sys/fs/bpf/npm-agent";
+
 /// The labs of this process, counted for their names.
 static LABS: AtomicU32 = AtomicU32::new(0);
 
@@ -120,16 +123,29 @@ impl Drop for Namespaces {
         if let Err(error) = removed {
             eprintln!("namespaces {}-* are left behind: {error:#}", self.prefix);
         }
+        remove_pins(|name| name.starts_with(&format!("{}-", self.prefix)));
+    }
+}
+
+/// Removes what agents that were killed have pinned: their instances are called as their namespaces are.
+fn remove_pins(wanted: impl Fn(&str) -> bool) {
+    for instance in std::fs::read_dir(PINS).into_iter().flatten().flatten() {
+        if instance.file_name().to_str().is_some_and(&wanted) {
+            // Whatever holds it is somebody else's, or goes with the next test.
+            let _ = std::fs::remove_dir_all(instance.path());
+        }
     }
 }
 
 /// Removes the namespaces that dead processes left behind.
 fn remove_stale() -> Result<()> {
-    let stale = named(|name| {
+    let is_stale = |name: &str| {
         let pid = name.strip_prefix("npmt-").and_then(|rest| rest.split('-').next());
         let pid = pid.and_then(|pid| pid.parse::<u32>().ok());
         pid.is_some_and(|pid| !PathBuf::from(format!("/proc/{pid}")).exists())
-    })?;
+    };
+    remove_pins(is_stale);
+    let stale = named(is_stale)?;
     // Another process may be removing the same ones.
     if let Err(error) = remove(stale)
         && !named(|name| name.starts_with("npmt-"))?.is_empty()

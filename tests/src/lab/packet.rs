@@ -145,6 +145,8 @@ pub enum Segment {
     /// Belongs to a connection that nobody opened: conntrack takes it up in the middle or calls it INVALID, by
     /// `nf_conntrack_tcp_loose`.
     Ack,
+    /// Answers what opens a connection.
+    SynAck,
     /// SYN and FIN at once: INVALID to conntrack whatever its settings.
     SynFin,
 }
@@ -158,10 +160,48 @@ pub fn tcp(ends: Ends, segment: Segment, sequence: u32) -> Result<Vec<u8>> {
     let step = match segment {
         Segment::Syn => step.syn(),
         Segment::Ack => step.ack(1),
+        Segment::SynAck => step.syn().ack(1),
         Segment::SynFin => step.syn().fin(),
     };
     let mut packet = Vec::new();
     step.write_to_vec(&mut packet, &[]).context("building a TCP packet")?;
+    Ok(packet)
+}
+
+/// A whole IP packet with one SCTP chunk in it; the ports of `ends` are not looked at.
+///
+/// # Errors
+/// The ends are of different families.
+pub fn sctp(ends: Ends, chunk: Sctp) -> Result<Vec<u8>> {
+    let payload = chunk.to_bytes();
+    let mut packet = Vec::new();
+    ip(ends)?.write(&mut packet, etherparse::IpNumber::SCTP, &payload).context("building an SCTP packet")?;
+    Ok(packet)
+}
+
+/// Which echo message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Echo {
+    /// The question.
+    Request,
+    /// The answer.
+    Reply,
+}
+
+/// A whole IP packet with an echo message in it; the ports of `ends` are not looked at.
+///
+/// # Errors
+/// The ends are of different families.
+pub fn echo(ends: Ends, echo: Echo, id: u16) -> Result<Vec<u8>> {
+    let mut packet = Vec::new();
+    let step = ip(ends)?;
+    let written = match (ends.source.is_ipv4(), echo) {
+        (true, Echo::Request) => step.icmpv4_echo_request(id, 1).write(&mut packet, &[]),
+        (true, Echo::Reply) => step.icmpv4_echo_reply(id, 1).write(&mut packet, &[]),
+        (false, Echo::Request) => step.icmpv6_echo_request(id, 1).write(&mut packet, &[]),
+        (false, Echo::Reply) => step.icmpv6_echo_reply(id, 1).write(&mut packet, &[]),
+    };
+    written.context("building an echo message")?;
     Ok(packet)
 }
 

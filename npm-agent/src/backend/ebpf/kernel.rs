@@ -11,11 +11,18 @@ use npm_policy::flow::Flow;
 use npm_policy::goal::Goal;
 
 use super::any_maps::AnyMaps;
+use super::attach::AttachError;
+use super::btf::BtfError;
 use super::maps::{ApplyError, MapsError, Writes};
 use super::packet::opening;
+use super::pins::PinsError;
 use super::width::Width;
+use crate::backend::BackendError;
+use crate::conntrack::ConntrackError;
+use crate::interfaces::follow::FollowError;
 
-const PROGRAM: &str = "verdict";
+/// The program that is asked.
+pub(super) const VERDICT: &str = "verdict";
 
 /// Why the kernel gives no verdict.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +57,27 @@ pub enum KernelError {
     /// The program could not be run.
     #[error("cannot run the eBPF program")]
     Run(#[source] ProgramError),
+    /// The kernel does not say where it keeps what the programs read.
+    #[error("this kernel is not one that the eBPF backend can enforce on")]
+    Types(#[from] BtfError),
+    /// The programs that cast were asked for.
+    #[error("this kernel has no functions to cast to its connections")]
+    NoCasts,
+    /// Nothing can be pinned.
+    #[error("cannot keep eBPF maps beyond the process")]
+    Pins(#[from] PinsError),
+    /// An interface is without the program.
+    #[error("an interface is not enforced")]
+    Attach(#[from] AttachError),
+    /// The interfaces are not known.
+    #[error("cannot list the network interfaces")]
+    Interfaces(#[from] FollowError),
+    /// The kernel's connections are not known.
+    #[error("cannot use the kernel's table of connections")]
+    Connections(#[source] ConntrackError),
+    /// There can be no more threads.
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
     /// No packet can be of two families.
     #[error("no packet is {flow}")]
     NoPacket {
@@ -84,7 +112,7 @@ impl Kernel {
     /// The process may not, or the kernel lacks what the program needs. Nothing is left behind.
     pub fn load(width: Width) -> Result<Self, KernelError> {
         let mut ebpf = Ebpf::load(width.object()).map_err(|error| permitted(error, KernelError::Object))?;
-        let program = ebpf.program_mut(PROGRAM).ok_or(KernelError::Missing { name: PROGRAM })?;
+        let program = ebpf.program_mut(VERDICT).ok_or(KernelError::Missing { name: VERDICT })?;
         let program: &mut SchedClassifier = program.try_into().map_err(KernelError::Program)?;
         program.load().map_err(|error| permitted(error, KernelError::Program))?;
         let maps = AnyMaps::take(width, &mut ebpf)?;
@@ -134,8 +162,7 @@ impl Judge {
     /// # Errors
     /// The program was not run, or could not read the packet.
     pub fn verdict(&self, flow: &Flow) -> Result<Verdict, KernelError> {
-        let code = self.run(flow, 1)?.return_value;
-        Verdict::of(code).ok_or(KernelError::Unread { flow: *flow, code })
+        verdict(&self.ebpf, flow)
     }
 
     /// How long the program takes for the flow's first packet: the mean of so many runs.
@@ -143,18 +170,27 @@ impl Judge {
     /// # Errors
     /// The program was not run.
     pub fn time(&self, flow: &Flow, runs: u32) -> Result<Duration, KernelError> {
-        Ok(self.run(flow, runs)?.duration)
+        Ok(run(&self.ebpf, flow, runs)?.duration)
     }
+}
 
-    fn run(&self, flow: &Flow, runs: u32) -> Result<TestRunResult, KernelError> {
-        let frame = opening(flow).ok_or(KernelError::NoPacket { flow: *flow })?;
-        let program = self.ebpf.program(PROGRAM).ok_or(KernelError::Missing { name: PROGRAM })?;
-        let program: &SchedClassifier = program.try_into().map_err(KernelError::Program)?;
-        let mut options = TestRunOptions::new();
-        options.data_in = Some(&frame);
-        options.repeat = runs;
-        program.test_run(options).map_err(KernelError::Run)
-    }
+/// What the loaded program says of the flow's first packet, by BPF_PROG_TEST_RUN.
+///
+/// # Errors
+/// The program was not run, or could not read the packet.
+pub(super) fn verdict(ebpf: &Ebpf, flow: &Flow) -> Result<Verdict, KernelError> {
+    let code = run(ebpf, flow, 1)?.return_value;
+    Verdict::of(code).ok_or(KernelError::Unread { flow: *flow, code })
+}
+
+fn run(ebpf: &Ebpf, flow: &Flow, runs: u32) -> Result<TestRunResult, KernelError> {
+    let frame = opening(flow).ok_or(KernelError::NoPacket { flow: *flow })?;
+    let program = ebpf.program(VERDICT).ok_or(KernelError::Missing { name: VERDICT })?;
+    let program: &SchedClassifier = program.try_into().map_err(KernelError::Program)?;
+    let mut options = TestRunOptions::new();
+    options.data_in = Some(&frame);
+    options.repeat = runs;
+    program.test_run(options).map_err(KernelError::Run)
 }
 
 /// "Operation not permitted" (include/uapi/asm-generic/errno-base.h). The other lack of permission, EACCES, is also what
@@ -162,7 +198,10 @@ impl Judge {
 const EPERM: i32 = 1;
 
 /// Tells a lack of privilege from everything else.
-fn permitted<E: Error + Send + Sync + 'static>(error: E, other: impl Fn(E) -> KernelError) -> KernelError {
+pub(super) fn permitted<E: Error + Send + Sync + 'static>(
+    error: E,
+    other: impl Fn(E) -> KernelError,
+) -> KernelError {
     let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
     let mut refused = false;
     while let Some(this) = cause {
@@ -170,4 +209,10 @@ fn permitted<E: Error + Send + Sync + 'static>(error: E, other: impl Fn(E) -> Ke
         cause = this.source();
     }
     if refused { KernelError::NotPermitted { source: Box::new(error) } } else { other(error) }
+}
+
+impl From<KernelError> for BackendError {
+    fn from(error: KernelError) -> Self {
+        Self::Ebpf(Box::new(error))
+    }
 }

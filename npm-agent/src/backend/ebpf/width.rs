@@ -33,6 +33,14 @@ impl Width {
         }
     }
 
+    /// What its directory of pins is called.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Narrow => "narrow",
+            Self::Wide => "wide",
+        }
+    }
+
     /// Words of a row.
     pub const fn words(self) -> usize {
         match self {

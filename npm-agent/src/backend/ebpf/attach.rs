@@ -1,0 +1,274 @@
+//! The program at the egress of interfaces: attached, replaced, found again after a restart, taken away.
+//!
+//! A TCX link is pinned under its interface's index. A restart replaces the program in the link: no packet meets none. In
+//! a clsact queueing discipline the filter has a priority and a handle of its own, by which it is replaced in place.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use aya::programs::links::{FdLink, LinkError, PinnedLink};
+use aya::programs::tc::{
+    NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact,
+    qdisc_detach_program,
+};
+use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
+use aya::util::KernelVersion;
+use rustix::io::Errno;
+
+use super::choice::{Choice, Hook};
+use super::pins::Pins;
+use crate::interfaces::select::{Need, Selection};
+use crate::interfaces::{Index, Interface};
+
+/// The filter's priority: before all others.
+const PRIORITY: u16 = 1;
+/// The filter's handle: "np", so that nobody else's is taken for ours.
+const HANDLE: TcHandle = TcHandle::new(0x6e70, 1);
+
+/// Why an interface has no program.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The program is not where it was pinned.
+    #[error("cannot find the pinned eBPF program")]
+    Pinned(#[source] ProgramError),
+    /// The kernel refused the program.
+    #[error("cannot attach the eBPF program to {name}")]
+    Program {
+        /// The interface.
+        name: String,
+        /// Why.
+        #[source]
+        source: ProgramError,
+    },
+    /// The kernel refused the queueing discipline.
+    #[error("cannot add the clsact queueing discipline to {name}")]
+    Clsact {
+        /// The interface.
+        name: String,
+        /// Why.
+        #[source]
+        source: TcError,
+    },
+    /// The link is not what it must be, or can't be pinned.
+    #[error("cannot keep the link of {name}")]
+    Link {
+        /// The interface.
+        name: String,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// The program's places. Several threads share it: what changes policies, and what follows the interfaces.
+#[derive(Clone)]
+pub(super) struct Attachments(Arc<Mutex<Places>>);
+
+struct Places {
+    pins: Pins,
+    hook: Hook,
+    selection: Selection,
+    /// The program; `None` when it is to be nowhere any more.
+    program: Option<SchedClassifier>,
+    /// Where this process has attached it.
+    attached: BTreeSet<Index>,
+}
+
+impl Attachments {
+    /// None yet, of the program that is pinned.
+    ///
+    /// # Errors
+    /// It is not pinned.
+    pub(super) fn new(pins: Pins, choice: Choice, selection: Selection) -> Result<Self, AttachError> {
+        let has_links = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0));
+        let offered = if has_links { Hook::Tcx } else { Hook::Clsact };
+        let program = SchedClassifier::from_pin(pins.program()).map_err(AttachError::Pinned)?;
+        let hook = choice.hook.unwrap_or(offered);
+        let places = Places { pins, hook, selection, program: Some(program), attached: BTreeSet::new() };
+        Ok(Self(Arc::new(Mutex::new(places))))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Places> {
+        // No code panics while it holds the lock, and a panic elsewhere ends the process.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How the program is attached.
+    pub(super) fn hook(&self) -> Hook {
+        self.lock().hook
+    }
+
+    /// Attaches the program to each of these interfaces that needs it and does not have it; gives how many places are new
+    /// to this process. A place that fails does not keep the others waiting.
+    ///
+    /// # Errors
+    /// The first failure.
+    pub(super) fn sync<'a>(
+        &self,
+        interfaces: impl IntoIterator<Item = &'a Interface>,
+    ) -> Result<usize, AttachError> {
+        self.lock().sync(interfaces)
+    }
+
+    /// Forgets an interface that is gone, with its link.
+    pub(super) fn forget(&self, index: Index) {
+        let mut places = self.lock();
+        places.attached.remove(&index);
+        // There is none in a clsact queueing discipline, or if it never was attached.
+        let _ = std::fs::remove_file(places.pins.link(index.0));
+    }
+
+    /// Takes away links of interfaces that are not among these.
+    pub(super) fn forget_all_but(&self, known: &BTreeMap<Index, Interface>) {
+        let links = self.lock().pins.links().unwrap_or_default();
+        for index in links.into_iter().map(Index).filter(|index| !known.contains_key(index)) {
+            self.forget(index);
+        }
+    }
+
+    /// Goes on with the program that is pinned by now: the next [`Attachments::sync`] puts it in the place of the one before.
+    ///
+    /// # Errors
+    /// It is not pinned.
+    pub(super) fn renew(&self) -> Result<(), AttachError> {
+        let mut places = self.lock();
+        places.program = Some(SchedClassifier::from_pin(places.pins.program()).map_err(AttachError::Pinned)?);
+        places.attached.clear();
+        Ok(())
+    }
+
+    /// Lets go of the program: nothing is attached from here on.
+    pub(super) fn close(&self) {
+        self.lock().program = None;
+    }
+}
+
+impl Places {
+    fn sync<'a>(
+        &mut self,
+        interfaces: impl IntoIterator<Item = &'a Interface>,
+    ) -> Result<usize, AttachError> {
+        let Some(mut program) = self.program.take() else { return Ok(0) };
+        let (mut outcome, mut new) = (Ok(()), 0);
+        for interface in interfaces {
+            match self.selection.need(interface) {
+                Need::Program(_) => {}
+                Need::Nothing(_) => continue,
+            }
+            if self.attached.contains(&interface.index) && self.is_there(&program, interface) {
+                continue;
+            }
+            match self.attach(&mut program, interface) {
+                Ok(()) => new += usize::from(self.attached.insert(interface.index)),
+                Err(error) => outcome = outcome.and(Err(error)),
+            }
+        }
+        self.program = Some(program);
+        outcome.map(|()| new)
+    }
+
+    /// Whether the kernel says that the program is where we attached it.
+    fn is_there(&self, program: &SchedClassifier, interface: &Interface) -> bool {
+        match self.hook {
+            Hook::Tcx => {
+                let Ok(id) = program.info().map(|info| info.id()) else { return false };
+                SchedClassifier::query_tcx(&interface.name, TcAttachType::Egress)
+                    .is_ok_and(|(_, found)| found.iter().any(|program| program.id() == id))
+            }
+            // The filter can't be asked for without replacing it: replacing is harmless.
+            Hook::Clsact => false,
+        }
+    }
+
+    fn attach(&self, program: &mut SchedClassifier, interface: &Interface) -> Result<(), AttachError> {
+        match self.hook {
+            Hook::Tcx => self.attach_tcx(program, interface),
+            Hook::Clsact => attach_clsact(program, interface),
+        }
+    }
+
+    fn attach_tcx(&self, program: &mut SchedClassifier, interface: &Interface) -> Result<(), AttachError> {
+        let name = || interface.name.clone();
+        let failed = |source| AttachError::Program { name: name(), source };
+        let broken = |source: LinkError| AttachError::Link { name: name(), source: Box::new(source) };
+        let path = self.pins.link(interface.index.0);
+        if let Ok(pinned) = PinnedLink::from_pin(&path) {
+            let link = SchedClassifierLink::try_from(FdLink::from(pinned)).map_err(broken)?;
+            if let Ok(id) = program.attach_to_link(link) {
+                // What keeps the link is its pin.
+                drop(FdLink::try_from(program.take_link(id).map_err(failed)?).map_err(broken)?);
+                return Ok(());
+            }
+            // The link's interface is gone, and another has its number; or somebody has detached it.
+            let removed = std::fs::remove_file(&path);
+            removed.map_err(|source| AttachError::Link { name: name(), source: Box::new(source) })?;
+        }
+        let first = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let id = program.attach_with_options(&interface.name, TcAttachType::Egress, first).map_err(failed)?;
+        let link = FdLink::try_from(program.take_link(id).map_err(failed)?).map_err(broken)?;
+        link.pin(&path).map_err(|source| AttachError::Link { name: name(), source: Box::new(source) })?;
+        Ok(())
+    }
+}
+
+fn attach_clsact(program: &mut SchedClassifier, interface: &Interface) -> Result<(), AttachError> {
+    let name = || interface.name.clone();
+    let failed = |source| AttachError::Program { name: name(), source };
+    match qdisc_add_clsact(&interface.name) {
+        Ok(()) => {}
+        Err(error) if is(&error, &[Errno::EXIST]) => {}
+        Err(source) => return Err(AttachError::Clsact { name: name(), source }),
+    }
+    let ours = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
+    let attached =
+        program.attach_with_options(&interface.name, TcAttachType::Egress, TcAttachOptions::Netlink(ours));
+    let id = match attached {
+        Err(ProgramError::TcError(error)) if is(&error, &[Errno::EXIST]) => {
+            let link =
+                SchedClassifierLink::attached(&interface.name, TcAttachType::Egress, PRIORITY, HANDLE, None);
+            let link = link.map_err(|source| AttachError::Link { name: name(), source: Box::new(source) })?;
+            program.attach_to_link(link).map_err(failed)?
+        }
+        attached => attached.map_err(failed)?,
+    };
+    // Dropping the link would detach the filter, which is to outlive the process.
+    std::mem::forget(program.take_link(id).map_err(failed)?);
+    Ok(())
+}
+
+/// Takes our filters away from an interface, by the names of our programs; whether there was one.
+///
+/// # Errors
+/// One is still there.
+pub fn detach_clsact(interface: &Interface, programs: &[&str]) -> Result<bool, AttachError> {
+    let mut found = false;
+    for program in programs {
+        match qdisc_detach_program(&interface.name, TcAttachType::Egress, program) {
+            Ok(()) => found = true,
+            // No such filter, no such queueing discipline, no such interface any more.
+            Err(error) if is(&error, &[Errno::NOENT, Errno::INVAL, Errno::NODEV]) => {}
+            Err(source) => return Err(AttachError::Clsact { name: interface.name.clone(), source }),
+        }
+    }
+    Ok(found)
+}
+
+/// The kernel's answer in an error; `None`: it was none of the kernel's.
+fn answer(error: &TcError) -> Option<i32> {
+    match error {
+        TcError::NetlinkError(error) => error.raw_os_error(),
+        TcError::IoError(error) if error.kind() == io::ErrorKind::NotFound => {
+            Some(Errno::NOENT.raw_os_error())
+        }
+        TcError::IoError(error) => error.raw_os_error(),
+        TcError::NulError(_)
+        | TcError::AlreadyAttached
+        | TcError::InvalidTcxAttach(_)
+        | TcError::InvalidLinkOperation => None,
+    }
+}
+
+fn is(error: &TcError, answers: &[Errno]) -> bool {
+    answer(error).is_some_and(|found| answers.iter().any(|answer| answer.raw_os_error() == found))
+}

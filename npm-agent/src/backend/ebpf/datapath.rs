@@ -1,0 +1,140 @@
+//! The enforcing program: chosen, told where the kernel keeps things, loaded with the instance's maps.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use aya::maps::{Array, PerCpuArray};
+use aya::programs::{ProgramError, SchedClassifier};
+use aya::{Ebpf, EbpfLoader};
+use npm_common::event::{Mode, Outcome};
+use npm_common::kfunc::{CAST, CAST_CONTEXT, link};
+
+use super::any_maps::AnyMaps;
+use super::btf::Offsets;
+use super::choice::{Choice, Reading};
+use super::kernel::{KernelError, VERDICT, permitted};
+use super::maps::{MapsError, NAMES};
+use super::pins::Pins;
+use super::width::Width;
+
+/// The maps that programs of every width share: what is known of connections, what packets came to, and the mode.
+const SHARED: [&str; 4] = ["PROOFS", "DENIED", "OUTCOME", "MODE"];
+
+/// The programs, loaded.
+pub(super) struct Datapath {
+    ebpf: Ebpf,
+    reading: Reading,
+    width: Width,
+}
+
+impl Datapath {
+    /// Loads the programs of a width with the maps that are pinned, those of the width in a directory of their own, or makes
+    /// and pins them. Nothing is attached.
+    ///
+    /// # Errors
+    /// The process may not, or the kernel lacks what the programs need. Maps may have been pinned.
+    pub(super) fn load(
+        choice: Choice,
+        pins: &Pins,
+        width: Width,
+        directory: &Path,
+    ) -> Result<Self, KernelError> {
+        let offsets = Offsets::of_this_kernel()?;
+        let reading = match (choice.reading, offsets.casts) {
+            (Some(Reading::Probe), _) | (None, None) => Reading::Probe,
+            (Some(Reading::Cast) | None, Some(_)) => Reading::Cast,
+            (Some(Reading::Cast), None) => return Err(KernelError::NoCasts),
+        };
+        let mut object = width.object().to_vec();
+        let mut entry_type = 0;
+        if let Some(casts) = offsets.casts {
+            link(&mut object, CAST_CONTEXT, casts.context.cast_signed());
+            link(&mut object, CAST, casts.cast.cast_signed());
+            entry_type = casts.entry;
+        }
+        let shared = SHARED.iter().map(|name| (*name, pins.map(name)));
+        let paths: Vec<_> = shared.chain(NAMES.iter().map(|name| (*name, directory.join(name)))).collect();
+        let mut loader = EbpfLoader::new();
+        loader
+            .override_global("ENTRY_TYPE", &entry_type, true)
+            .override_global("NFCT_OFFSET", &offsets.nfct, true)
+            .override_global("ORIGINAL_OFFSET", &offsets.original, true)
+            .override_global("REPLY_OFFSET", &offsets.reply, true);
+        for (name, path) in &paths {
+            loader.map_pin_path(name, path.as_path());
+        }
+        let mut ebpf = loader.load(&object).map_err(|error| permitted(error, KernelError::Object))?;
+        for name in [entry(reading), VERDICT] {
+            program(&mut ebpf, name)?.load().map_err(|error| permitted(error, KernelError::Program))?;
+        }
+        Ok(Self { ebpf, reading, width })
+    }
+
+    /// Pins the enforcing program in the place of the one that is pinned.
+    ///
+    /// # Errors
+    /// It can't be pinned; the other is there still.
+    pub(super) fn publish(&mut self, pins: &Pins) -> Result<(), KernelError> {
+        Ok(pins.replace_program(program(&mut self.ebpf, entry(self.reading))?)?)
+    }
+
+    /// How it reads the kernel's connections.
+    pub(super) fn reading(&self) -> Reading {
+        self.reading
+    }
+
+    /// All programs and maps.
+    pub(super) fn ebpf(&self) -> &Ebpf {
+        &self.ebpf
+    }
+
+    /// The classification's maps. They can be taken once.
+    pub(super) fn take_maps(&mut self) -> Result<AnyMaps, KernelError> {
+        Ok(AnyMaps::take(self.width, &mut self.ebpf)?)
+    }
+
+    /// Whether denied packets are dropped.
+    pub(super) fn mode(&self) -> Result<Mode, KernelError> {
+        const NAME: &str = "MODE";
+        let failed = |source| KernelError::Maps(MapsError::Map { name: NAME, source });
+        let map = self.ebpf.map(NAME).ok_or(KernelError::Missing { name: NAME })?;
+        let map = Array::<_, u32>::try_from(map).map_err(failed)?;
+        map.get(&0, 0).map(Mode::of).map_err(failed)
+    }
+
+    /// Changes whether denied packets are dropped, from the next packet on.
+    pub(super) fn set_mode(&mut self, mode: Mode) -> Result<(), KernelError> {
+        const NAME: &str = "MODE";
+        let failed = |source| KernelError::Maps(MapsError::Map { name: NAME, source });
+        let map = self.ebpf.map_mut(NAME).ok_or(KernelError::Missing { name: NAME })?;
+        let mut map = Array::<_, u32>::try_from(map).map_err(failed)?;
+        map.set(0, mode.number(), 0).map_err(failed)
+    }
+
+    /// Packets by what became of them, over all CPUs.
+    pub(super) fn outcomes(&self) -> Result<BTreeMap<Outcome, u64>, KernelError> {
+        const NAME: &str = "OUTCOME";
+        let failed = |source| KernelError::Maps(MapsError::Map { name: NAME, source });
+        let map = self.ebpf.map(NAME).ok_or(KernelError::Missing { name: NAME })?;
+        let map = PerCpuArray::<_, u64>::try_from(map).map_err(failed)?;
+        let count =
+            |outcome: Outcome| Ok((outcome, map.get(&outcome.slot(), 0).map_err(failed)?.iter().sum()));
+        Outcome::ALL.into_iter().map(count).collect()
+    }
+}
+
+/// The names of all enforcing programs that there are and were.
+pub(super) const ENTRIES: [&str; 2] = ["enforce_probe", "enforce_cast"];
+
+/// The name of the program in the object.
+pub(super) fn entry(reading: Reading) -> &'static str {
+    match reading {
+        Reading::Cast => "enforce_cast",
+        Reading::Probe => "enforce_probe",
+    }
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, KernelError> {
+    let program = ebpf.program_mut(name).ok_or(KernelError::Missing { name })?;
+    program.try_into().map_err(|source: ProgramError| KernelError::Program(source))
+}

@@ -1,0 +1,252 @@
+//! The backend: maps filled from the goal, and the program that reads them at every interface.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use npm_common::event::{Mode, Outcome};
+use npm_policy::flow::{Decision, Flow};
+use npm_policy::goal::Goal;
+
+use super::any_maps::AnyMaps;
+use super::attach::{Attachments, detach_clsact};
+use super::choice::Choice;
+use super::connections::{Reaper, prove_existing};
+use super::datapath::{Datapath, ENTRIES};
+use super::kernel::{KernelError, verdict};
+use super::lower::decision;
+use super::maps::{ApplyError, Writes};
+use super::pins::Pins;
+use super::rule::Iptables;
+use super::watch::{Watch, interfaces};
+use super::width::Width;
+use crate::backend::{Applied, Backend, BackendError, Removed};
+use crate::exec::Tools;
+use crate::interfaces::select::Selection;
+
+/// How the backend is set up.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The agent's name: what it pins is kept apart by it.
+    pub instance: String,
+    /// Which programs, and how they are attached.
+    pub choice: Choice,
+    /// The iptables of the node, for each family that it has.
+    pub iptables: Vec<Iptables>,
+    /// Where iptables is.
+    pub tools: Tools,
+    /// Which interfaces are left out.
+    pub selection: Selection,
+}
+
+/// The backend. It works in the network namespace of the thread that calls it.
+pub struct Ebpf {
+    iptables: Vec<Iptables>,
+    tools: Tools,
+    pins: Pins,
+    choice: Choice,
+    datapath: Datapath,
+    maps: AnyMaps,
+    /// What packets are judged by; `None` before the first apply.
+    goal: Option<Goal>,
+    attachments: Attachments,
+    /// Runs from the first time that the program is attached.
+    watch: Option<Watch>,
+    /// Runs until everything is removed.
+    reaper: Option<Reaper>,
+    /// Whether an earlier process of ours enforces.
+    inherited: bool,
+}
+
+impl Ebpf {
+    /// Loads the programs, and takes over what an earlier process has left. Enforces nothing that is not enforced yet.
+    ///
+    /// # Errors
+    /// The process may not, or the kernel lacks what is needed.
+    pub fn new(options: Options) -> Result<Self, BackendError> {
+        let Options { instance, choice, iptables, tools, selection } = options;
+        let pins = Pins::of(&instance).map_err(KernelError::from)?;
+        pins.make().map_err(KernelError::from)?;
+        let width = pins.width();
+        let mut datapath = Datapath::load(choice, &pins, width, &pins.rows(width))?;
+        datapath.publish(&pins)?;
+        let inherited = datapath.mode()? == Mode::Enforce;
+        let maps = datapath.take_maps()?;
+        let attachments = Attachments::new(pins.clone(), choice, selection).map_err(KernelError::from)?;
+        let reaper = Some(Reaper::start(&pins)?);
+        tracing::info!(
+            reading = %datapath.reading(), hook = %attachments.hook(), inherited, "the eBPF program is loaded"
+        );
+        let mut ebpf = Self {
+            iptables,
+            tools,
+            pins,
+            choice,
+            datapath,
+            maps,
+            goal: None,
+            attachments,
+            watch: None,
+            reaper,
+            inherited,
+        };
+        if inherited {
+            ebpf.attach()?;
+            ebpf.pins.keep_only(width).map_err(KernelError::from)?;
+        }
+        Ok(ebpf)
+    }
+
+    /// Packets by what became of them, since the maps were made.
+    ///
+    /// # Errors
+    /// The kernel does not give them.
+    pub fn outcomes(&self) -> Result<BTreeMap<Outcome, u64>, BackendError> {
+        Ok(self.datapath.outcomes()?)
+    }
+
+    /// Attaches the program wherever it is not; gives how many places are new.
+    fn attach(&mut self) -> Result<usize, BackendError> {
+        let known = interfaces()?;
+        self.attachments.forget_all_but(&known);
+        let new = self.attachments.sync(known.values()).map_err(KernelError::from)?;
+        if self.watch.is_none() {
+            self.watch = Some(Watch::start(self.attachments.clone())?);
+        }
+        Ok(new)
+    }
+
+    /// Goes on with programs of another width, which judge by `goal` from the first packet on.
+    fn widen(&mut self, goal: &Goal, width: Width) -> Result<Writes, KernelError> {
+        let directory = self.pins.begin(width)?;
+        let mut datapath = Datapath::load(self.choice, &self.pins, width, &directory)?;
+        let mut maps = datapath.take_maps()?;
+        let writes = maps.apply(goal)?;
+        self.pins.finish(width)?;
+        datapath.publish(&self.pins)?;
+        (self.datapath, self.maps) = (datapath, maps);
+        self.attachments.renew()?;
+        self.attachments.sync(interfaces()?.values())?;
+        // Nothing leads to the others any more.
+        self.pins.keep_only(width)?;
+        tracing::info!(width = width.name(), "the eBPF program has rows of another width");
+        Ok(writes)
+    }
+
+    /// Puts back the rules that make the kernel track connections; gives what was not there.
+    fn track(&self) -> Result<Vec<String>, BackendError> {
+        let mut missing = Vec::new();
+        for iptables in &self.iptables {
+            if iptables.ensure(&self.tools)? {
+                missing.push(format!("{}: the rule that tracks connections was gone", iptables.program));
+            }
+        }
+        Ok(missing)
+    }
+}
+
+impl fmt::Debug for Ebpf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ebpf").field("pins", &self.pins).finish_non_exhaustive()
+    }
+}
+
+impl Backend for Ebpf {
+    fn name(&self) -> &'static str {
+        "ebpf"
+    }
+
+    fn inherits(&self) -> bool {
+        self.inherited
+    }
+
+    fn apply(&mut self, goal: &Goal) -> Result<Applied, BackendError> {
+        let missing = self.track()?;
+        // What fits nowhere is refused by the maps, which then deny whoever is to be isolated.
+        let needed = Width::needed(goal).unwrap_or(self.maps.width());
+        let outcome = if needed > self.maps.width() {
+            self.widen(goal, needed)
+        } else {
+            self.maps.apply(goal).map_err(KernelError::from)
+        };
+        // A goal that does not fit has isolated all the same; after another failure nobody knows what is in the maps.
+        let (writes, unfit) = match outcome {
+            Ok(writes) => (writes, None),
+            Err(error @ KernelError::Apply(ApplyError::Lower(_) | ApplyError::Full(_))) => {
+                (Writes::default(), Some(error))
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let rule_writes = self.attach()?;
+        let mut drift = Vec::new();
+        if self.datapath.mode()? == Mode::Enforce {
+            drift = missing;
+        } else {
+            // In this order: from here on every new connection is judged, and its proof is recorded; then those that were
+            // there before get theirs; then what has none is dropped.
+            let proven = prove_existing(&self.pins)?;
+            self.datapath.set_mode(Mode::Enforce)?;
+            tracing::info!(connections = proven, "policies are enforced; connections that existed live on");
+        }
+        self.inherited = false;
+        self.goal = Some(goal.clone());
+        match unfit {
+            Some(error) => Err(error.into()),
+            None => Ok(Applied { set_writes: writes.entries, rule_writes, drift, degraded: Vec::new() }),
+        }
+    }
+
+    fn verify(&mut self) -> Result<Applied, BackendError> {
+        let mut drift = self.track()?;
+        let rule_writes = self.attach()?;
+        let mut set_writes = 0;
+        if let Some(goal) = &self.goal {
+            let (writes, changed) = self.maps.verify(goal).map_err(KernelError::from)?;
+            set_writes = writes.entries;
+            drift.extend(changed);
+            if self.datapath.mode()? != Mode::Enforce {
+                self.datapath.set_mode(Mode::Enforce)?;
+                drift.push("the eBPF program was set not to drop".to_owned());
+            }
+        }
+        Ok(Applied { set_writes, rule_writes, drift, degraded: Vec::new() })
+    }
+
+    fn decide(&mut self, flow: &Flow) -> Result<Decision, BackendError> {
+        Ok(decision(verdict(self.datapath.ebpf(), flow)?))
+    }
+
+    fn remove(&mut self) -> Result<Removed, BackendError> {
+        self.attachments.close();
+        (self.watch, self.reaper) = (None, None);
+        let mut removed = Removed { rules: take_away(&self.pins)?, ..Removed::default() };
+        for iptables in &self.iptables {
+            removed.chains += usize::from(iptables.remove(&self.tools)?);
+        }
+        Ok(removed)
+    }
+}
+
+/// Takes away what instances of any name and version have pinned and attached in the calling thread's network namespace;
+/// gives how many files and filters that were. The rules that track connections are not among them.
+///
+/// # Errors
+/// Something is still there.
+pub fn remove_all() -> Result<usize, BackendError> {
+    let mut removed = 0;
+    for pins in Pins::all().map_err(KernelError::from)? {
+        removed += pins.remove().map_err(KernelError::from)?;
+    }
+    Ok(removed + detach_all()?)
+}
+
+fn take_away(pins: &Pins) -> Result<usize, BackendError> {
+    Ok(pins.remove().map_err(KernelError::from)? + detach_all()?)
+}
+
+fn detach_all() -> Result<usize, BackendError> {
+    let mut removed = 0;
+    for interface in interfaces()?.values() {
+        removed += usize::from(detach_clsact(interface, &ENTRIES).map_err(KernelError::from)?);
+    }
+    Ok(removed)
+}
