@@ -5,7 +5,7 @@ use std::io;
 
 use aya::maps::MapError;
 use aya::programs::{ProgramError, SchedClassifier, TestRun, TestRunOptions};
-use aya::{Ebpf, EbpfError};
+use aya::{Ebpf, EbpfError, EbpfLoader};
 use npm_common::decide::Verdict;
 use npm_policy::flow::Flow;
 
@@ -22,6 +22,9 @@ use crate::interfaces::follow::FollowError;
 /// The committed object: `cargo xtask ebpf` makes it.
 pub(super) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../npm-ebpf/npm-ebpf.o"));
+
+/// As few as the kernel takes for a map of this kind, whatever the number of CPUs.
+const LEAST_PROOFS: u32 = 4096;
 
 /// The program that is asked.
 pub(super) const VERDICT: &str = "verdict";
@@ -114,7 +117,10 @@ impl Kernel {
     /// # Errors
     /// The process may not, or the kernel lacks what the program needs. Nothing is left behind.
     pub fn load() -> Result<Self, KernelError> {
-        let mut ebpf = Ebpf::load(OBJECT).map_err(|error| permitted(error, KernelError::Object))?;
+        let mut loader = EbpfLoader::new();
+        // No connection is proven here: the map need not have the room of one that enforces.
+        loader.map_max_entries("PROOFS", LEAST_PROOFS);
+        let mut ebpf = loader.load(OBJECT).map_err(|error| permitted(error, KernelError::Object))?;
         let program = ebpf.program_mut(VERDICT).ok_or(KernelError::Missing { name: VERDICT })?;
         let program: &mut SchedClassifier = program.try_into().map_err(KernelError::Program)?;
         program.load().map_err(|error| permitted(error, KernelError::Program))?;
