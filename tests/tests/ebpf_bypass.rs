@@ -31,7 +31,7 @@ spec: {podSelector: {matchLabels: {app: a}}, policyTypes: [Ingress, Egress], ing
 const VARIANTS: [&str; 4] = ["cast,maps,tcx", "cast,maps,clsact", "probe,maps,tcx", "probe,maps,clsact"];
 
 fn lasts() -> Result<Duration> {
-    let seconds = std::env::var("NPM_FLOOD_SECONDS").unwrap_or_else(|_| "0.5".into());
+    let seconds = std::env::var("NPM_FLOOD_SECONDS").unwrap_or_else(|_| "0.3".into());
     Ok(Duration::from_secs_f64(seconds.parse().context("NPM_FLOOD_SECONDS")?))
 }
 

@@ -177,10 +177,10 @@ fn scenarios_by_ebpf() -> Result<()> {
         return Ok(());
     }
     let scenarios = load("scenarios")?;
-    check(&scenarios, Means::Ebpf("cast,maps,tcx".parse()?), Dialect::Nft);
-    check(&scenarios, Means::Ebpf("cast,maps,clsact".parse()?), Dialect::Legacy);
-    check(&scenarios, Means::Ebpf("probe,maps,tcx".parse()?), Dialect::Legacy);
-    check(&scenarios, Means::Ebpf("probe,maps,clsact".parse()?), Dialect::Nft);
+    check(&scenarios, Means::Ebpf("cast,maps,tcx".parse()?), Dialect::Nft, Route::Straight);
+    check(&scenarios, Means::Ebpf("cast,maps,clsact".parse()?), Dialect::Legacy, Route::Straight);
+    check(&scenarios, Means::Ebpf("probe,maps,tcx".parse()?), Dialect::Legacy, Route::Straight);
+    check(&scenarios, Means::Ebpf("probe,maps,clsact".parse()?), Dialect::Nft, Route::Straight);
     Ok(())
 }
 
@@ -190,7 +190,7 @@ fn scenarios_by_the_ebpf_agent() -> Result<()> {
     if !require_root() {
         return Ok(());
     }
-    check(&load("scenarios")?, Means::EbpfAgent, Dialect::Nft);
+    check(&load("scenarios")?, Means::EbpfAgent, Dialect::Nft, Route::Straight);
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use aya::programs::{ProgramError, SchedClassifier, TestRun, TestRunOptions, TestRunResult};
-use aya::{Ebpf, EbpfError};
+use aya::{Ebpf, EbpfError, EbpfLoader};
 use npm_common::decide::Verdict;
 use npm_policy::flow::Flow;
 use npm_policy::goal::Goal;
@@ -20,6 +20,9 @@ use super::width::Width;
 use crate::backend::BackendError;
 use crate::conntrack::ConntrackError;
 use crate::interfaces::follow::FollowError;
+
+/// As few as the kernel takes for a map of this kind, whatever the number of CPUs.
+const LEAST_PROOFS: u32 = 4096;
 
 /// The program that is asked.
 pub(super) const VERDICT: &str = "verdict";
@@ -111,7 +114,10 @@ impl Kernel {
     /// # Errors
     /// The process may not, or the kernel lacks what the program needs. Nothing is left behind.
     pub fn load(width: Width) -> Result<Self, KernelError> {
-        let mut ebpf = Ebpf::load(width.object()).map_err(|error| permitted(error, KernelError::Object))?;
+        let mut loader = EbpfLoader::new();
+        // No connection is proven here: the map need not have the room of one that enforces.
+        loader.map_max_entries("PROOFS", LEAST_PROOFS);
+        let mut ebpf = loader.load(width.object()).map_err(|error| permitted(error, KernelError::Object))?;
         let program = ebpf.program_mut(VERDICT).ok_or(KernelError::Missing { name: VERDICT })?;
         let program: &mut SchedClassifier = program.try_into().map_err(KernelError::Program)?;
         program.load().map_err(|error| permitted(error, KernelError::Program))?;
