@@ -121,6 +121,9 @@ pub enum BackendError {
         /// Which line, and what is wrong with it.
         detail: String,
     },
+    /// The eBPF programs or maps can't be used.
+    #[error("the eBPF backend")]
+    Ebpf(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The kernel lacks what the backend cannot do without.
     #[error("the kernel lacks {what}")]
     Unsupported {

@@ -4,7 +4,9 @@
 pub mod backend;
 pub mod cli;
 pub mod config;
+pub mod conntrack;
 pub mod exec;
+pub mod interfaces;
 pub mod lock;
 pub mod logging;
 pub mod matrix;

@@ -131,29 +131,61 @@ pub const fn unread(error: ParseError) -> u32 {
         }
 }
 
+/// What a packet with the same pod at both ends is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Own {
+    /// The pod's, to itself.
+    Free,
+    /// Somebody else's that says it is the pod's.
+    Forged,
+}
+
+impl Own {
+    /// As a number that one function of the kernel's side leaves for another.
+    #[inline(always)]
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::Free => 1,
+            Self::Forged => 0,
+        }
+    }
+
+    /// What the number says.
+    #[inline(always)]
+    pub const fn of(number: u32) -> Self {
+        if number == 1 { Self::Free } else { Self::Forged }
+    }
+}
+
 /// What the maps say of a flow. Both directions are judged, whichever of the ends is on this node.
 #[inline(always)]
 pub fn decide<A: Address, const W: usize>(lookups: &impl Lookups<A, W>, flow: &Flow<A>) -> Verdict {
-    let source = lookups.endpoint(&flow.source);
-    let destination = lookups.endpoint(&flow.destination);
+    decide_with(lookups, flow, Own::Free)
+}
+
+/// As [`decide`], for a packet of which it is known whether it may be a pod's to itself.
+#[inline(always)]
+pub fn decide_with<A: Address, const W: usize>(
+    lookups: &impl Lookups<A, W>,
+    flow: &Flow<A>,
+    own: Own,
+) -> Verdict {
+    // Whole values, and not options: the compiler copies fields of an option before it knows whether there is one, and
+    // the kernel refuses to copy what was never written.
+    let source = lookups.endpoint(&flow.source).unwrap_or_default();
+    let destination = lookups.endpoint(&flow.destination).unwrap_or_default();
     // An address that is nobody's is judged by nobody; so only a pod can talk to itself here.
-    if let (Some(source), Some(destination)) = (source, destination)
-        && source.pod == destination.pod
-    {
+    if own == Own::Free && source.pod == destination.pod && source.pod != Endpoint::default().pod {
         return Verdict::FREE;
     }
-    let ingress = match destination {
-        Some(Endpoint { ingress, .. }) if ingress != NOT_ISOLATED => {
-            judge(lookups, ingress, &flow.source, flow)
-        }
-        Some(_) | None => Judgement::NotIsolated,
-    };
-    let egress = match source {
-        Some(Endpoint { egress, .. }) if egress != NOT_ISOLATED => {
-            judge(lookups, egress, &flow.destination, flow)
-        }
-        Some(_) | None => Judgement::NotIsolated,
-    };
+    let mut ingress = Judgement::NotIsolated;
+    if destination.ingress != NOT_ISOLATED {
+        ingress = judge(lookups, destination.ingress, &flow.source, flow);
+    }
+    let mut egress = Judgement::NotIsolated;
+    if source.egress != NOT_ISOLATED {
+        egress = judge(lookups, source.egress, &flow.destination, flow);
+    }
     Verdict { ingress, egress }
 }
 

@@ -17,6 +17,10 @@
 
 use core::fmt::Debug;
 
+/// Changes whenever what maps hold, or how they belong together, does: a process of another schema does not go on with
+/// them.
+pub const SCHEMA: u32 = 1;
+
 /// Words of a row: 64 times as many peer sets, and any peer, can be told apart on a node.
 pub const WORDS: usize = 16;
 
@@ -46,6 +50,10 @@ pub const MAX_POLICIES: u32 = 4096;
 pub const MAX_SEGMENTS: u32 = 65_536;
 /// Rows of all segments together, [`NOBODY`] included.
 pub const MAX_ROWS: u32 = 8192;
+/// Entries of the map of proofs: connections that were allowed, the least recently used going first.
+pub const MAX_PROOFS: u32 = 65_536;
+/// Entries of the map of denied connections: those that wait for user space to delete the kernel's entry.
+pub const MAX_DENIED: u32 = 65_536;
 
 /// Sets a bit; `false` when the row is too narrow for it.
 pub fn set_bit<const W: usize>(bits: &mut Bits<W>, bit: usize) -> bool {

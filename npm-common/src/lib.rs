@@ -3,7 +3,9 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod conntrack;
 pub mod decide;
+pub mod event;
 pub mod layout;
 pub mod mark;
 pub mod packet;

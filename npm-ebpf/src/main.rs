@@ -7,23 +7,27 @@
 //! - `read_ethernet` and `read_network` say what was read of a packet's headers: tests run them.
 //! - `verdict` says what the maps say of a packet's headers. It is run by BPF_PROG_TEST_RUN and never attached: what it
 //!   returns is a code of npm_common::decide and no action.
+//! - `enforce_*` drop what policies deny, at TC egress: one program for each way to read the kernel's connections, of
+//!   which one is loaded.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
 #![expect(missing_docs, reason = "the classifier macro makes a public function of its own")]
 
+mod conntrack;
+mod enforce;
 mod maps;
+mod proof;
 mod skb;
 
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
-use npm_common::decide::{Flow, Verdict, decide, unread};
+use npm_common::decide::{Own, Verdict, unread};
 use npm_common::packet::{Family, Headers, code};
 use npm_common::tally::{Class, Count, SLOTS};
 
-use maps::{Ipv4, Ipv6};
 use skb::{Start, read_into};
 
 /// One count for each [`Class`], at its slot.
@@ -77,22 +81,19 @@ pub fn verdict(context: TcContext) -> i32 {
     let code = match read_into(&context, Start::Ethernet, &mut headers) {
         // No policy judges it.
         Ok(()) if headers.is_neighbour_discovery() => Verdict::FREE.code(),
-        Ok(()) => {
-            let port = headers.port();
-            match headers.family() {
-                Family::V4 => {
-                    let (source, destination) = headers.v4();
-                    decide(&Ipv4, &Flow { source, destination, port }).code()
-                }
-                Family::V6 => {
-                    let (source, destination) = headers.v6();
-                    decide(&Ipv6, &Flow { source, destination, port }).code()
-                }
-            }
-        }
+        Ok(()) => match headers.family() {
+            Family::V4 => enforce::judge_v4(&headers, Own::Free.number()),
+            Family::V6 => enforce::judge_v6(&headers, Own::Free.number()),
+        },
         Err(error) => unread(error),
     };
     code as i32
+}
+
+/// Judges what leaves the node, reading the kernel's connections with bpf_probe_read_kernel; proofs are in a map.
+#[classifier]
+pub fn enforce_probe(context: TcContext) -> i32 {
+    enforce::enforce::<conntrack::ByProbe>(&context)
 }
 
 #[panic_handler]

@@ -164,6 +164,22 @@ fn scenarios_by_the_backend() -> Result<()> {
     Ok(())
 }
 
+/// The same packets, judged by the programs.
+#[test]
+fn scenarios_by_ebpf() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let scenarios = load("scenarios")?;
+    let scenarios: Vec<_> = scenarios
+        .into_iter()
+        .filter(|it| std::env::var("NPM_ONLY").map_or(true, |only| only.split(',').any(|o| o == it.name)))
+        .collect();
+    check(&scenarios, Means::Ebpf("probe,tcx".parse()?), Dialect::Nft);
+    check(&scenarios, Means::Ebpf("probe,clsact".parse()?), Dialect::Legacy);
+    Ok(())
+}
+
 /// Malformed objects and the like are in there too: what they are taken for is the converter's, so a lab shows it.
 #[test]
 fn cases_rendered() -> Result<()> {

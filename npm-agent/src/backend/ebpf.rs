@@ -8,8 +8,16 @@
 //!
 //! It judges and does not enforce: nothing is attached or pinned, and the maps are gone with the process.
 
+pub mod attach;
+pub mod btf;
+pub mod choice;
+mod datapath;
+pub mod enforcer;
 pub mod kernel;
 pub mod lower;
 mod maps;
 mod packet;
+pub mod pins;
+pub mod ports;
+pub mod rule;
 pub mod words;

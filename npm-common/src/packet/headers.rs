@@ -32,6 +32,34 @@ const LATER: u8 = 16;
 const ADDRESSES: u8 = 32;
 
 impl Headers {
+    /// What the first packet of a flow says, as far as policies judge it. An IPv4 address is in the first four bytes.
+    #[inline(always)]
+    pub fn of_flow(
+        family: Family,
+        source: &[u8; 16],
+        destination: &[u8; 16],
+        port: Option<(u8, u16)>,
+    ) -> Self {
+        let mut headers = Self { flags: ADDRESSES, ..Self::default() };
+        match family {
+            Family::V4 => {
+                headers.addresses[..4].copy_from_slice(&source[..4]);
+                headers.addresses[4..8].copy_from_slice(&destination[..4]);
+            }
+            Family::V6 => {
+                headers.flags |= IPV6;
+                headers.addresses[..16].copy_from_slice(source);
+                headers.addresses[16..].copy_from_slice(destination);
+            }
+        }
+        if let Some((protocol, port)) = port {
+            headers.flags |= PORTS;
+            headers.protocol = protocol;
+            headers.destination_port = port;
+        }
+        headers
+    }
+
     const fn is(&self, flag: u8) -> bool {
         self.flags & flag != 0
     }

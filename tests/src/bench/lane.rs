@@ -143,6 +143,17 @@ impl Lane {
     }
 }
 
+impl Drop for Lane {
+    fn drop(&mut self) {
+        // What is pinned outlives the namespace.
+        let Some(mut backend) = self.backend.take() else { return };
+        let removed = self.node().and_then(|node| node.run(|| Ok(backend.remove()?)));
+        if let Err(error) = removed {
+            eprintln!("{} is not removed: {error:#}", self.name);
+        }
+    }
+}
+
 /// Sends batches from one CPU.
 pub struct Clock {
     /// Of the kernel's thread that does this CPU's softirqs when there are too many.

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use npm_agent::backend::Backend;
+use npm_agent::backend::ebpf::choice::Choice;
+use npm_agent::backend::ebpf::enforcer::{Ebpf, Options as EbpfOptions};
 use npm_agent::backend::ebpf::kernel::Kernel;
 use npm_agent::backend::ebpf::lower::lower;
 use npm_agent::backend::iptables::variant::Variant;
@@ -26,6 +27,7 @@ use npm_tests::bench::runs::{maps, verdict_times};
 use npm_tests::bench::world::{BenchWorld, Kind, LOCAL_PODS, NODE, Size, all_flows};
 use npm_tests::lab::service::Dialect;
 use npm_tests::programs;
+use npm_tests::scenario::enforcer::tracking;
 
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask bench")]
@@ -166,14 +168,17 @@ fn runs(world: &BenchWorld, flows: &BTreeMap<(Kind, Family), Vec<Flow>>, rounds:
 enum Filter {
     Nobody,
     Iptables(Variant),
+    Ebpf,
 }
 
 impl Filter {
-    const ALL: [Self; 3] = [Self::Nobody, Self::Iptables(Variant::Nft), Self::Iptables(Variant::Legacy)];
+    const ALL: [Self; 4] =
+        [Self::Nobody, Self::Ebpf, Self::Iptables(Variant::Nft), Self::Iptables(Variant::Legacy)];
 
     fn name(self) -> &'static str {
         match self {
             Self::Nobody => "no policy",
+            Self::Ebpf => "eBPF",
             Self::Iptables(Variant::Nft) => "iptables (nft)",
             Self::Iptables(Variant::Legacy) => "iptables (legacy)",
         }
@@ -181,7 +186,7 @@ impl Filter {
 
     fn dialect(self) -> Dialect {
         match self {
-            Self::Nobody | Self::Iptables(Variant::Nft) => Dialect::Nft,
+            Self::Nobody | Self::Ebpf | Self::Iptables(Variant::Nft) => Dialect::Nft,
             Self::Iptables(Variant::Legacy) => Dialect::Legacy,
         }
     }
@@ -190,12 +195,20 @@ impl Filter {
         let mut lane = Lane::open(self.name(), self.dialect())?;
         match self {
             Self::Nobody => {}
+            Self::Ebpf => {
+                let options = EbpfOptions {
+                    instance: format!("bench-{}", std::process::id()),
+                    choice: Choice::default(),
+                    iptables: tracking(self.dialect()),
+                    tools: Tools::default(),
+                };
+                lane.enforce(|| Ok(Box::new(Ebpf::new(options)?)), goal)?;
+            }
             Self::Iptables(variant) => {
                 // Ten thousand policies are restored in one piece.
                 let tools = Tools { deadline: Duration::from_secs(1800), ..Tools::default() };
                 let options = Options { variant: Some(variant), tools, ..Options::default() };
-                let make = || -> Result<Box<dyn Backend>> { Ok(Box::new(Iptables::new(options)?)) };
-                lane.enforce(make, goal)?;
+                lane.enforce(|| Ok(Box::new(Iptables::new(options)?)), goal)?;
             }
         }
         Ok(lane)

@@ -4,10 +4,14 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use npm_agent::backend::ebpf::choice::Choice;
+use npm_agent::backend::ebpf::enforcer::{Ebpf, Options as EbpfOptions};
+use npm_agent::backend::ebpf::rule::Iptables as Tracking;
 use npm_agent::backend::iptables::render::Rendered;
 use npm_agent::backend::iptables::variant::Variant;
 use npm_agent::backend::iptables::{Iptables, Options};
 use npm_agent::backend::{Applied, Backend};
+use npm_agent::exec::Tools;
 use npm_policy::compile::compile;
 use npm_policy::goal::Family;
 use npm_policy::world::World;
@@ -25,6 +29,8 @@ pub enum Means {
     Rendering,
     /// The iptables backend in this process, from one state to the next as the agent would.
     Backend,
+    /// The eBPF backend in this process, with these programs.
+    Ebpf(Choice),
     /// The agent's program.
     Agent,
 }
@@ -51,6 +57,15 @@ pub enum Enforcer {
         node: String,
         /// The backend.
         backend: Box<Iptables>,
+    },
+    /// See [`Means::Ebpf`].
+    Ebpf {
+        /// The node's namespace.
+        netns: Netns,
+        /// The node's name.
+        node: String,
+        /// The backend.
+        backend: Box<Ebpf>,
     },
     /// See [`Means::Agent`].
     Agent(Box<Agent>),
@@ -87,6 +102,16 @@ impl Enforcer {
                 let options = Options { variant: Some(variant), ..Options::default() };
                 let backend = netns.run(|| Ok(Box::new(Iptables::new(options)?)))?;
                 Ok(Self::Backend { netns: netns.clone(), node: node.to_owned(), backend })
+            }
+            Means::Ebpf(choice) => {
+                let options = EbpfOptions {
+                    instance: netns.name().to_owned(),
+                    choice,
+                    iptables: tracking(dialect),
+                    tools: Tools::default(),
+                };
+                let backend = netns.run(|| Ok(Box::new(Ebpf::new(options)?)))?;
+                Ok(Self::Ebpf { netns: netns.clone(), node: node.to_owned(), backend })
             }
             Means::Agent => {
                 let own: PathBuf = directory.join(netns.name());
@@ -134,6 +159,17 @@ impl Enforcer {
                     Ok(())
                 })
             }
+            Self::Ebpf { netns, node, backend } => {
+                let goal = compile(world, node).0;
+                netns.run(|| {
+                    backend.apply(&goal)?;
+                    let left = backend.verify()?;
+                    if !left.drift.is_empty() {
+                        bail!("what was applied was not all there: {left:?}");
+                    }
+                    Ok(())
+                })
+            }
             Self::Agent(agent) => agent.wait(),
         }
     }
@@ -142,9 +178,32 @@ impl Enforcer {
     pub fn log(&self) -> String {
         match self {
             Self::Nothing | Self::Rendering { .. } | Self::Backend { .. } => String::new(),
+            Self::Ebpf { backend, .. } => format!("{:?}", backend.outcomes()),
             Self::Agent(agent) => agent.log(),
         }
     }
+}
+
+impl Drop for Enforcer {
+    fn drop(&mut self) {
+        // Everything else is gone with the namespace; pins are not.
+        if let Self::Ebpf { netns, backend, .. } = self
+            && let Err(error) = netns.run(|| Ok(backend.remove()?))
+        {
+            eprintln!("pins of {} are left behind: {error:#}", netns.name());
+        }
+    }
+}
+
+/// The programs that make the node track connections.
+pub fn tracking(dialect: Dialect) -> Vec<Tracking> {
+    let program = |family| match (dialect, family) {
+        (Dialect::Nft, Family::V4) => "iptables-nft",
+        (Dialect::Nft, Family::V6) => "ip6tables-nft",
+        (Dialect::Legacy, Family::V4) => "iptables-legacy",
+        (Dialect::Legacy, Family::V6) => "ip6tables-legacy",
+    };
+    Family::BOTH.map(|family| Tracking { family, program: program(family) }).to_vec()
 }
 
 fn restore(netns: &Netns, dialect: Dialect, text: &dyn Fn(Family) -> String) -> Result<()> {

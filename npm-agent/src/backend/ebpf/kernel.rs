@@ -10,15 +10,20 @@ use aya::{Ebpf, EbpfError};
 use npm_common::decide::Verdict;
 use npm_policy::flow::Flow;
 
-use super::lower::Lowered;
+use super::attach::AttachError;
+use super::btf::BtfError;
+use super::lower::{LowerError, Lowered};
 use super::maps::Maps;
 use super::packet::opening;
+use super::pins::PinsError;
+use crate::backend::BackendError;
 
 /// The committed object: `cargo xtask ebpf` makes it.
-static OBJECT: &[u8] =
+pub(super) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../npm-ebpf/npm-ebpf.o"));
 
-const PROGRAM: &str = "verdict";
+/// The program that is asked.
+pub(super) const VERDICT: &str = "verdict";
 
 /// Why the kernel gives no verdict.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +61,21 @@ pub enum KernelError {
     /// The program could not be run.
     #[error("cannot run the eBPF program")]
     Run(#[source] ProgramError),
+    /// The kernel does not say where it keeps what the programs read.
+    #[error("this kernel is not one that the eBPF backend can enforce on")]
+    Types(#[from] BtfError),
+    /// Nothing can be pinned.
+    #[error("cannot keep eBPF maps beyond the process")]
+    Pins(#[from] PinsError),
+    /// An interface is without the program.
+    #[error("an interface is not enforced")]
+    Attach(#[from] AttachError),
+    /// The interfaces are not known.
+    #[error("cannot list the network interfaces")]
+    Ports(#[source] io::Error),
+    /// The goal does not fit into the maps.
+    #[error("the policies of this node do not fit into the eBPF maps")]
+    Lower(#[from] LowerError),
     /// No packet can be of two families.
     #[error("no packet is {flow}")]
     NoPacket {
@@ -85,7 +105,7 @@ impl Kernel {
     /// The process may not, or the kernel lacks what the program needs. Nothing is left behind.
     pub fn load() -> Result<Self, KernelError> {
         let mut ebpf = Ebpf::load(OBJECT).map_err(|error| permitted(error, KernelError::Object))?;
-        let program = ebpf.program_mut(PROGRAM).ok_or(KernelError::Missing { name: PROGRAM })?;
+        let program = ebpf.program_mut(VERDICT).ok_or(KernelError::Missing { name: VERDICT })?;
         let program: &mut SchedClassifier = program.try_into().map_err(KernelError::Program)?;
         program.load().map_err(|error| permitted(error, KernelError::Program))?;
         let maps = Maps::take(&mut ebpf)?;
@@ -105,8 +125,7 @@ impl Kernel {
     /// # Errors
     /// The program was not run, or could not read the packet.
     pub fn verdict(&self, flow: &Flow) -> Result<Verdict, KernelError> {
-        let code = self.run(flow, 1)?.return_value;
-        Verdict::of(code).ok_or(KernelError::Unread { flow: *flow, code })
+        verdict(&self.ebpf, flow)
     }
 
     /// How long the program takes for the flow's first packet: the mean of so many runs.
@@ -114,18 +133,27 @@ impl Kernel {
     /// # Errors
     /// The program was not run.
     pub fn time(&self, flow: &Flow, runs: u32) -> Result<Duration, KernelError> {
-        Ok(self.run(flow, runs)?.duration)
+        Ok(run(&self.ebpf, flow, runs)?.duration)
     }
+}
 
-    fn run(&self, flow: &Flow, runs: u32) -> Result<TestRunResult, KernelError> {
-        let frame = opening(flow).ok_or(KernelError::NoPacket { flow: *flow })?;
-        let program = self.ebpf.program(PROGRAM).ok_or(KernelError::Missing { name: PROGRAM })?;
-        let program: &SchedClassifier = program.try_into().map_err(KernelError::Program)?;
-        let mut options = TestRunOptions::new();
-        options.data_in = Some(&frame);
-        options.repeat = runs;
-        program.test_run(options).map_err(KernelError::Run)
-    }
+/// What the loaded program says of the flow's first packet, by BPF_PROG_TEST_RUN.
+///
+/// # Errors
+/// The program was not run, or could not read the packet.
+pub(super) fn verdict(ebpf: &Ebpf, flow: &Flow) -> Result<Verdict, KernelError> {
+    let code = run(ebpf, flow, 1)?.return_value;
+    Verdict::of(code).ok_or(KernelError::Unread { flow: *flow, code })
+}
+
+fn run(ebpf: &Ebpf, flow: &Flow, runs: u32) -> Result<TestRunResult, KernelError> {
+    let frame = opening(flow).ok_or(KernelError::NoPacket { flow: *flow })?;
+    let program = ebpf.program(VERDICT).ok_or(KernelError::Missing { name: VERDICT })?;
+    let program: &SchedClassifier = program.try_into().map_err(KernelError::Program)?;
+    let mut options = TestRunOptions::new();
+    options.data_in = Some(&frame);
+    options.repeat = runs;
+    program.test_run(options).map_err(KernelError::Run)
 }
 
 /// "Operation not permitted" (include/uapi/asm-generic/errno-base.h). The other lack of permission, EACCES, is also what
@@ -133,7 +161,10 @@ impl Kernel {
 const EPERM: i32 = 1;
 
 /// Tells a lack of privilege from everything else.
-fn permitted<E: Error + Send + Sync + 'static>(error: E, other: impl Fn(E) -> KernelError) -> KernelError {
+pub(super) fn permitted<E: Error + Send + Sync + 'static>(
+    error: E,
+    other: impl Fn(E) -> KernelError,
+) -> KernelError {
     let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
     let mut refused = false;
     while let Some(this) = cause {
@@ -141,4 +172,10 @@ fn permitted<E: Error + Send + Sync + 'static>(error: E, other: impl Fn(E) -> Ke
         cause = this.source();
     }
     if refused { KernelError::NotPermitted { source: Box::new(error) } } else { other(error) }
+}
+
+impl From<KernelError> for BackendError {
+    fn from(error: KernelError) -> Self {
+        Self::Ebpf(Box::new(error))
+    }
 }

@@ -1,0 +1,221 @@
+//! Where maps, programs and links stay when no process holds them: a directory of the BPF file system for each instance.
+//!
+//! ```text
+//! /sys/fs/bpf/npm-agent/<instance>/v<schema>/maps/<NAME>      what is enforced
+//!                                           /program         by which program
+//!                                           /links/<index>   where: an interface's TCX link
+//! ```
+//!
+//! The schema says what the maps hold and how they belong together; a process of another schema finds another directory
+//! and replaces it. Names in that file system have no dots: instances spell theirs `_`, which no instance's name has.
+
+use std::fs::{DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use npm_common::layout::SCHEMA;
+use rustix::fs::statfs;
+use rustix::mount::{MountFlags, mount};
+
+use crate::config::RUN_DIRECTORY;
+
+/// Where the BPF file system is by convention.
+pub const BPF_FILE_SYSTEM: &str = "/sys/fs/bpf";
+
+/// What all instances share.
+const OURS: &str = "npm-agent";
+
+/// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
+const MAGIC: i64 = 0xcafe_4a11;
+
+/// Why nothing can be pinned.
+#[derive(Debug, thiserror::Error)]
+pub enum PinsError {
+    /// There is no BPF file system, and none can be mounted.
+    #[error("cannot mount a BPF file system: mount one with `mount -t bpf bpf {}`", path.display())]
+    Mount {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file or directory can't be made, read or removed.
+    #[error("cannot use {}", path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The directory of an instance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pins {
+    /// `<root>/npm-agent/<instance>`.
+    instance: PathBuf,
+}
+
+impl Pins {
+    /// Of the instance of this name. Makes sure that there is a BPF file system; makes no directory.
+    ///
+    /// # Errors
+    /// There is none, and it can't be mounted.
+    pub fn of(instance: &str) -> Result<Self, PinsError> {
+        let root = Path::new(BPF_FILE_SYSTEM);
+        mount_once(root)?;
+        Ok(Self { instance: root.join(OURS).join(instance.replace('.', "_")) })
+    }
+
+    fn version(&self) -> PathBuf {
+        self.instance.join(format!("v{SCHEMA}"))
+    }
+
+    /// Where a map of this schema is pinned.
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.version().join("maps").join(name)
+    }
+
+    /// Where the program of this schema is pinned.
+    pub fn program(&self) -> PathBuf {
+        self.version().join("program")
+    }
+
+    /// Where the link of an interface is pinned.
+    pub fn link(&self, index: u32) -> PathBuf {
+        self.version().join("links").join(index.to_string())
+    }
+
+    /// Makes the directories of this schema.
+    ///
+    /// # Errors
+    /// They can't be made.
+    pub fn make(&self) -> Result<(), PinsError> {
+        for directory in ["maps", "links"] {
+            let path = self.version().join(directory);
+            let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
+            made.map_err(|source| PinsError::Io { path, source })?;
+        }
+        Ok(())
+    }
+
+    /// The interfaces that have a link pinned here, by index.
+    ///
+    /// # Errors
+    /// The directory can't be read.
+    pub fn links(&self) -> Result<Vec<u32>, PinsError> {
+        let names = names(&self.version().join("links"))?;
+        Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
+    }
+
+    /// Takes away everything of this instance, of whatever schema. Links go first: no program is without its maps.
+    /// Gives the number of files.
+    ///
+    /// # Errors
+    /// Something is still there.
+    pub fn remove(&self) -> Result<usize, PinsError> {
+        let mut removed = 0;
+        for version in names(&self.instance)? {
+            let version = self.instance.join(version);
+            let links = version.join("links");
+            removed += remove_tree(&links)?;
+            removed += remove_tree(&version)?;
+        }
+        removed += remove_tree(&self.instance)?;
+        if let Some(ours) = self.instance.parent() {
+            // Other instances may be there.
+            let _ = std::fs::remove_dir(ours);
+        }
+        Ok(removed)
+    }
+}
+
+/// The names of the entries of a directory; none if there is no such directory.
+fn names(path: &Path) -> Result<Vec<String>, PinsError> {
+    let failed = |source| PinsError::Io { path: path.to_owned(), source };
+    let entries = match std::fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    };
+    let names: io::Result<Vec<String>> =
+        entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect();
+    names.map_err(failed)
+}
+
+/// Removes a directory with all that is in it; gives the number of files.
+fn remove_tree(path: &Path) -> Result<usize, PinsError> {
+    let failed = |source| PinsError::Io { path: path.to_owned(), source };
+    let mut removed = 0;
+    for name in names(path)? {
+        let inside = path.join(name);
+        if inside.is_dir() {
+            removed += remove_tree(&inside)?;
+        } else {
+            std::fs::remove_file(&inside).map_err(|source| PinsError::Io { path: inside, source })?;
+            removed += 1;
+        }
+    }
+    match std::fs::remove_dir(path) {
+        Ok(()) => Ok(removed),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(removed),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Mounts a BPF file system at `root` if none is there, as other tools do. It stays when the agent ends: what is pinned
+/// in it would be gone otherwise.
+fn mount_once(root: &Path) -> Result<(), PinsError> {
+    if is_bpf(root) {
+        return Ok(());
+    }
+    // A second mount would hide the first: one process at a time looks.
+    let lock = Path::new(RUN_DIRECTORY).join("bpf-mount.lock");
+    let failed = |source| PinsError::Io { path: lock.clone(), source };
+    std::fs::create_dir_all(RUN_DIRECTORY).map_err(failed)?;
+    let file = File::options().create(true).append(true).open(&lock).map_err(failed)?;
+    file.lock().map_err(failed)?;
+    if is_bpf(root) {
+        return Ok(());
+    }
+    mount("bpf", root, "bpf", MountFlags::empty(), Some(c"mode=0700"))
+        .map_err(|error| PinsError::Mount { path: root.to_owned(), source: error.into() })
+}
+
+fn is_bpf(path: &Path) -> bool {
+    statfs(path).is_ok_and(|found| found.f_type as i64 == MAGIC)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_name_instance_and_schema() {
+        let pins = Pins { instance: Path::new("/sys/fs/bpf/npm-agent").join("a_b") };
+        let version = format!("/sys/fs/bpf/npm-agent/a_b/v{SCHEMA}");
+        assert_eq!(pins.map("PROOFS"), Path::new(&version).join("maps/PROOFS"));
+        assert_eq!(pins.link(7), Path::new(&version).join("links/7"));
+    }
+
+    #[test]
+    fn removing_takes_everything_of_one_instance() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().join("npm-agent");
+        for instance in ["one", "other"] {
+            for file in ["v0/maps/OLD", "v9/links/4", "v9/program"] {
+                let path = root.join(instance).join(file);
+                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                std::fs::write(path, "").unwrap();
+            }
+        }
+        let pins = Pins { instance: root.join("one") };
+        assert_eq!(pins.remove().unwrap(), 3);
+        assert!(!root.join("one").exists());
+        assert!(root.join("other/v9/links/4").exists());
+        assert_eq!(pins.remove().unwrap(), 0, "nothing is left");
+    }
+}
