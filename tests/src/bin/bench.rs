@@ -8,7 +8,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -72,6 +72,7 @@ fn main() -> Result<()> {
     );
     counts(arguments.rounds)?;
     memory()?;
+    let mut table = Table::new();
     for policies in &arguments.policies {
         let began = Instant::now();
         let size = Size { policies: *policies, other_pods: arguments.other_pods };
@@ -85,10 +86,36 @@ fn main() -> Result<()> {
         let flows = all_flows(&world, 64, arguments.seed)?;
         runs(&world, &flows, arguments.rounds)?;
         if !arguments.skip_packets {
-            packets(&world, &flows, &arguments)?;
+            let medians = packets(&world, &flows, &arguments)?;
+            table.extend(medians.into_iter().map(|(name, class, median)| ((name, class, *policies), median)));
         }
     }
+    growth(&table, &arguments.policies);
     Ok(())
+}
+
+/// The median by what filters, class and number of policies.
+type Table = BTreeMap<(&'static str, (Kind, Family), u32), Duration>;
+
+/// What a new flow costs more with many policies than with the fewest.
+fn growth(table: &Table, policies: &[u32]) {
+    let Some(fewest) = policies.iter().min() else { return };
+    println!("\n## CPU time of a new flow, times that of the same row with {fewest}\n");
+    print!("{:<28}", "policies");
+    policies.iter().for_each(|number| print!("{number:>9}"));
+    println!();
+    let rows: BTreeSet<_> = table.keys().map(|(name, class, _)| (*name, *class)).collect();
+    for (name, class) in rows {
+        print!("{name:<18}{:<10}", format!("{:?} {:?}", class.0, class.1));
+        for number in policies {
+            let (at, first) = (table.get(&(name, class, *number)), table.get(&(name, class, *fewest)));
+            match (at, first) {
+                (Some(at), Some(first)) => print!("{:>9.2}", at.as_secs_f64() / first.as_secs_f64()),
+                (None, _) | (_, None) => print!("{:>9}", "-"),
+            }
+        }
+        println!();
+    }
 }
 
 /// What the programs cost before a packet comes.
@@ -220,13 +247,14 @@ fn packets(
     world: &BenchWorld,
     flows: &BTreeMap<(Kind, Family), Vec<Flow>>,
     arguments: &Arguments,
-) -> Result<()> {
-    let mut lanes = Vec::new();
+) -> Result<Vec<(&'static str, (Kind, Family), Duration)>> {
+    let (mut names, mut lanes) = (Vec::new(), Vec::new());
     for filter in Filter::ALL {
         let began = Instant::now();
         match filter.lane(&world.goal) {
             Ok(lane) => {
                 println!("  {} set up in {:.1} s", filter.name(), began.elapsed().as_secs_f64());
+                names.push(filter.name());
                 lanes.push(lane);
             }
             Err(error) => println!("  {} not measured: {error:#}", filter.name()),
@@ -238,13 +266,15 @@ fn packets(
         "\nCPU time of a new flow through a node, us: median of {} batches of {} (least to most), times no policy",
         arguments.rounds, arguments.packets
     );
-    for (lane, times) in lanes.iter().zip(&times) {
-        println!("  {}", lane.name);
-        for class in times.keys() {
+    let mut medians = Vec::new();
+    for (name, times) in names.into_iter().zip(&times) {
+        println!("  {name}");
+        for (class, batches) in times {
             println!("    {:?} {:?}: {}", class.0, class.1, line(times, bare, *class)?);
+            medians.push((name, *class, median(batches.clone()).context("no batch")?));
         }
     }
-    Ok(())
+    Ok(medians)
 }
 
 fn line(times: &Times, bare: &Times, class: (Kind, Family)) -> Result<String> {
