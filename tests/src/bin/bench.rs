@@ -242,12 +242,15 @@ impl Filter {
     }
 }
 
+/// What filters, class, and the median of its batches.
+type Median = (&'static str, (Kind, Family), Duration);
+
 /// New flows as packets.
 fn packets(
     world: &BenchWorld,
     flows: &BTreeMap<(Kind, Family), Vec<Flow>>,
     arguments: &Arguments,
-) -> Result<Vec<(&'static str, (Kind, Family), Duration)>> {
+) -> Result<Vec<Median>> {
     let (mut names, mut lanes) = (Vec::new(), Vec::new());
     for filter in Filter::ALL {
         let began = Instant::now();
