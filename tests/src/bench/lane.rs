@@ -101,13 +101,10 @@ impl Lane {
         make: impl FnOnce() -> Result<Box<dyn Backend>> + Send,
         goal: &Goal,
     ) -> Result<()> {
-        let backend = self.node()?.run(|| {
-            let mut backend = make()?;
-            let applied = backend.apply(goal)?;
-            ensure!(applied.degraded.is_empty(), "the kernel would not take all: {:?}", applied.degraded);
-            Ok(backend)
-        })?;
-        self.backend = Some(backend);
+        let node = self.node()?.clone();
+        let backend = self.backend.insert(node.run(make)?);
+        let applied = node.run(|| Ok(backend.apply(goal)?))?;
+        ensure!(applied.degraded.is_empty(), "the kernel would not take all: {:?}", applied.degraded);
         Ok(())
     }
 
