@@ -159,7 +159,7 @@ fn judge_flow(flow: &Headers, own: Own) -> Outcome {
 /// The code of the verdict on a flow of IPv4; `own` is an [`Own`]'s number.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn judge_v4(flow: *const Headers, own: u32) -> u32 {
+pub(crate) extern "C" fn judge_v4(flow: *const Headers, own: u32) -> u32 {
     // SAFETY: each caller's is to a value of its own, or there is none.
     let Some(flow) = (unsafe { flow.as_ref() }) else { return 0 };
     let (source, destination) = flow.v4();
@@ -169,7 +169,7 @@ extern "C" fn judge_v4(flow: *const Headers, own: u32) -> u32 {
 /// The code of the verdict on a flow of IPv6.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn judge_v6(flow: *const Headers, own: u32) -> u32 {
+pub(crate) extern "C" fn judge_v6(flow: *const Headers, own: u32) -> u32 {
     // SAFETY: each caller's is to a value of its own, or there is none.
     let Some(flow) = (unsafe { flow.as_ref() }) else { return 0 };
     let (source, destination) = flow.v6();

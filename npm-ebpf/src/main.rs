@@ -24,11 +24,10 @@ use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
-use npm_common::decide::{Flow, Verdict, decide, unread};
+use npm_common::decide::{Own, Verdict, unread};
 use npm_common::packet::{Family, Headers, code};
 use npm_common::tally::{Class, Count, SLOTS};
 
-use maps::{Ipv4, Ipv6};
 use skb::{Start, read_into};
 
 /// One count for each [`Class`], at its slot.
@@ -82,19 +81,10 @@ pub fn verdict(context: TcContext) -> i32 {
     let code = match read_into(&context, Start::Ethernet, &mut headers) {
         // No policy judges it.
         Ok(()) if headers.is_neighbour_discovery() => Verdict::FREE.code(),
-        Ok(()) => {
-            let port = headers.port();
-            match headers.family() {
-                Family::V4 => {
-                    let (source, destination) = headers.v4();
-                    decide(&Ipv4, &Flow { source, destination, port }).code()
-                }
-                Family::V6 => {
-                    let (source, destination) = headers.v6();
-                    decide(&Ipv6, &Flow { source, destination, port }).code()
-                }
-            }
-        }
+        Ok(()) => match headers.family() {
+            Family::V4 => enforce::judge_v4(&headers, Own::Free.number()),
+            Family::V6 => enforce::judge_v6(&headers, Own::Free.number()),
+        },
         Err(error) => unread(error),
     };
     code as i32

@@ -4,16 +4,21 @@
 
 use anyhow::{Result, ensure};
 use npm_agent::backend::Backend;
+use npm_agent::backend::ebpf::choice::Choice;
+use npm_agent::backend::ebpf::enforcer::{Ebpf, Options as EbpfOptions};
 use npm_agent::backend::ebpf::held::Limits;
 use npm_agent::backend::ebpf::lower::{Lowered, lower};
 use npm_agent::backend::ebpf::plan::filled;
 use npm_agent::backend::iptables::variant::Variant;
 use npm_agent::backend::iptables::{Iptables, Options};
+use npm_agent::exec::Tools;
+use npm_agent::interfaces::select::Selection;
 use npm_tests::bench::lane::{Lane, measure};
 use npm_tests::bench::world::{BenchWorld, Size, all_flows};
 use npm_tests::lab::require_root;
 use npm_tests::lab::service::Dialect;
 use npm_tests::opinions::plain;
+use npm_tests::scenario::enforcer::tracking;
 
 /// Making it checks that no two policies are alike and that the peers are many.
 #[test]
@@ -43,7 +48,16 @@ fn lanes_pass_hits_and_drop_misses() -> Result<()> {
     let options = Options { variant: Some(Variant::Nft), ..Options::default() };
     filtered
         .enforce(|| -> Result<Box<dyn Backend>> { Ok(Box::new(Iptables::new(options)?)) }, &world.goal)?;
-    let mut lanes = [Lane::open("no policy", Dialect::Nft)?, filtered];
+    let mut judged = Lane::open("eBPF", Dialect::Nft)?;
+    let options = EbpfOptions {
+        instance: format!("bench-{}", std::process::id()),
+        choice: Choice::default(),
+        iptables: tracking(Dialect::Nft),
+        tools: Tools::default(),
+        selection: Selection::default(),
+    };
+    judged.enforce(|| -> Result<Box<dyn Backend>> { Ok(Box::new(Ebpf::new(options)?)) }, &world.goal)?;
+    let mut lanes = [Lane::open("no policy", Dialect::Nft)?, filtered, judged];
     // That what arrives is what should is checked batch by batch.
     let times = measure(&mut lanes, &all_flows(&world, 10, 1)?, 1, 20)?;
     ensure!(times.iter().all(|times| times.len() == 4), "a batch is missing: {times:?}");

@@ -196,6 +196,23 @@ fn only_the_first_ipv6_fragment_has_ports() {
     }
 }
 
+/// RFC 8200 has one fragment header at most; where there are two, what either says holds.
+#[test]
+fn what_one_fragment_header_says_another_does_not_take_back() {
+    let two = |first, second| {
+        join(&[&fragment_header(Protocol::FRAGMENT, first), &fragment_header(Protocol::TCP, second), &TCP])
+    };
+    for (first, second, fragment, ports) in [
+        (1, 0, Fragment::First, TCP_PORTS),
+        (0, 1, Fragment::First, TCP_PORTS),
+        (1, 8, Fragment::Later, None),
+        (0, 0, Fragment::None, TCP_PORTS),
+    ] {
+        let packet = ip(&v6(Protocol::FRAGMENT, &two(first, second))).unwrap();
+        assert_eq!((packet.fragment, packet.ports), (fragment, ports), "{first} {second}");
+    }
+}
+
 #[test]
 fn a_later_fragments_payload_is_not_taken_for_headers() {
     // The payload would be a fine options header and a TCP header.

@@ -101,13 +101,10 @@ impl Lane {
         make: impl FnOnce() -> Result<Box<dyn Backend>> + Send,
         goal: &Goal,
     ) -> Result<()> {
-        let backend = self.node()?.run(|| {
-            let mut backend = make()?;
-            let applied = backend.apply(goal)?;
-            ensure!(applied.degraded.is_empty(), "the kernel would not take all: {:?}", applied.degraded);
-            Ok(backend)
-        })?;
-        self.backend = Some(backend);
+        let node = self.node()?.clone();
+        let backend = self.backend.insert(node.run(make)?);
+        let applied = node.run(|| Ok(backend.apply(goal)?))?;
+        ensure!(applied.degraded.is_empty(), "the kernel would not take all: {:?}", applied.degraded);
         Ok(())
     }
 
@@ -140,6 +137,17 @@ impl Lane {
 
     fn forget_connections(&self) -> Result<()> {
         self.node()?.exec("conntrack", &["-F"]).map(drop)
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        // What is pinned outlives the namespace.
+        let Some(mut backend) = self.backend.take() else { return };
+        let removed = self.node().and_then(|node| node.run(|| Ok(backend.remove()?)));
+        if let Err(error) = removed {
+            eprintln!("{} is not removed: {error:#}", self.name);
+        }
     }
 }
 

@@ -8,17 +8,19 @@
 //! ```
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use npm_agent::backend::Backend;
+use npm_agent::backend::ebpf::choice::Choice;
+use npm_agent::backend::ebpf::enforcer::{Ebpf, Options as EbpfOptions};
 use npm_agent::backend::ebpf::kernel::Kernel;
 use npm_agent::backend::ebpf::width::Width;
 use npm_agent::backend::iptables::variant::Variant;
 use npm_agent::backend::iptables::{Iptables, Options};
 use npm_agent::exec::Tools;
+use npm_agent::interfaces::select::Selection;
 use npm_policy::flow::Flow;
 use npm_policy::goal::{Family, Goal};
 use npm_tests::bench::lane::{Lane, Times, measure, median};
@@ -26,6 +28,7 @@ use npm_tests::bench::runs::{maps, verdict_times};
 use npm_tests::bench::world::{BenchWorld, Kind, LOCAL_PODS, NODE, Size, all_flows};
 use npm_tests::lab::service::Dialect;
 use npm_tests::programs;
+use npm_tests::scenario::enforcer::tracking;
 
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask bench")]
@@ -70,6 +73,7 @@ fn main() -> Result<()> {
     );
     counts(arguments.rounds)?;
     memory()?;
+    let mut table = Table::new();
     for policies in &arguments.policies {
         let began = Instant::now();
         let size = Size { policies: *policies, other_pods: arguments.other_pods };
@@ -83,10 +87,36 @@ fn main() -> Result<()> {
         let flows = all_flows(&world, 64, arguments.seed)?;
         runs(&world, &flows, arguments.rounds)?;
         if !arguments.skip_packets {
-            packets(&world, &flows, &arguments)?;
+            let medians = packets(&world, &flows, &arguments)?;
+            table.extend(medians.into_iter().map(|(name, class, median)| ((name, class, *policies), median)));
         }
     }
+    growth(&table, &arguments.policies);
     Ok(())
+}
+
+/// The median by what filters, class and number of policies.
+type Table = BTreeMap<(&'static str, (Kind, Family), u32), Duration>;
+
+/// What a new flow costs more with many policies than with the fewest.
+fn growth(table: &Table, policies: &[u32]) {
+    let Some(fewest) = policies.iter().min() else { return };
+    println!("\n## CPU time of a new flow, times that of the same row with {fewest}\n");
+    print!("{:<28}", "policies");
+    policies.iter().for_each(|number| print!("{number:>9}"));
+    println!();
+    let rows: BTreeSet<_> = table.keys().map(|(name, class, _)| (*name, *class)).collect();
+    for (name, class) in rows {
+        print!("{name:<18}{:<10}", format!("{:?} {:?}", class.0, class.1));
+        for number in policies {
+            let (at, first) = (table.get(&(name, class, *number)), table.get(&(name, class, *fewest)));
+            match (at, first) {
+                (Some(at), Some(first)) => print!("{:>9.2}", at.as_secs_f64() / first.as_secs_f64()),
+                (None, _) | (_, None) => print!("{:>9}", "-"),
+            }
+        }
+        println!();
+    }
 }
 
 /// What the programs cost before a packet comes.
@@ -159,14 +189,17 @@ fn runs(world: &BenchWorld, flows: &BTreeMap<(Kind, Family), Vec<Flow>>, rounds:
 enum Filter {
     Nobody,
     Iptables(Variant),
+    Ebpf,
 }
 
 impl Filter {
-    const ALL: [Self; 3] = [Self::Nobody, Self::Iptables(Variant::Nft), Self::Iptables(Variant::Legacy)];
+    const ALL: [Self; 4] =
+        [Self::Nobody, Self::Ebpf, Self::Iptables(Variant::Nft), Self::Iptables(Variant::Legacy)];
 
     fn name(self) -> &'static str {
         match self {
             Self::Nobody => "no policy",
+            Self::Ebpf => "eBPF",
             Self::Iptables(Variant::Nft) => "iptables (nft)",
             Self::Iptables(Variant::Legacy) => "iptables (legacy)",
         }
@@ -174,7 +207,7 @@ impl Filter {
 
     fn dialect(self) -> Dialect {
         match self {
-            Self::Nobody | Self::Iptables(Variant::Nft) => Dialect::Nft,
+            Self::Nobody | Self::Ebpf | Self::Iptables(Variant::Nft) => Dialect::Nft,
             Self::Iptables(Variant::Legacy) => Dialect::Legacy,
         }
     }
@@ -183,30 +216,43 @@ impl Filter {
         let mut lane = Lane::open(self.name(), self.dialect())?;
         match self {
             Self::Nobody => {}
+            Self::Ebpf => {
+                let options = EbpfOptions {
+                    instance: format!("bench-{}", std::process::id()),
+                    choice: Choice::default(),
+                    iptables: tracking(self.dialect()),
+                    tools: Tools::default(),
+                    selection: Selection::default(),
+                };
+                lane.enforce(|| Ok(Box::new(Ebpf::new(options)?)), goal)?;
+            }
             Self::Iptables(variant) => {
                 // Ten thousand policies are restored in one piece.
                 let tools = Tools { deadline: Duration::from_secs(1800), ..Tools::default() };
                 let options = Options { variant: Some(variant), tools, ..Options::default() };
-                let make = || -> Result<Box<dyn Backend>> { Ok(Box::new(Iptables::new(options)?)) };
-                lane.enforce(make, goal)?;
+                lane.enforce(|| Ok(Box::new(Iptables::new(options)?)), goal)?;
             }
         }
         Ok(lane)
     }
 }
 
+/// What filters, class, and the median of its batches.
+type Median = (&'static str, (Kind, Family), Duration);
+
 /// New flows as packets.
 fn packets(
     world: &BenchWorld,
     flows: &BTreeMap<(Kind, Family), Vec<Flow>>,
     arguments: &Arguments,
-) -> Result<()> {
-    let mut lanes = Vec::new();
+) -> Result<Vec<Median>> {
+    let (mut names, mut lanes) = (Vec::new(), Vec::new());
     for filter in Filter::ALL {
         let began = Instant::now();
         match filter.lane(&world.goal) {
             Ok(lane) => {
                 println!("  {} set up in {:.1} s", filter.name(), began.elapsed().as_secs_f64());
+                names.push(filter.name());
                 lanes.push(lane);
             }
             Err(error) => println!("  {} not measured: {error:#}", filter.name()),
@@ -218,13 +264,15 @@ fn packets(
         "\nCPU time of a new flow through a node, us: median of {} batches of {} (least to most), times no policy",
         arguments.rounds, arguments.packets
     );
-    for (lane, times) in lanes.iter().zip(&times) {
-        println!("  {}", lane.name);
-        for class in times.keys() {
+    let mut medians = Vec::new();
+    for (name, times) in names.into_iter().zip(&times) {
+        println!("  {name}");
+        for (class, batches) in times {
             println!("    {:?} {:?}: {}", class.0, class.1, line(times, bare, *class)?);
+            medians.push((name, *class, median(batches.clone()).context("no batch")?));
         }
     }
-    Ok(())
+    Ok(medians)
 }
 
 fn line(times: &Times, bare: &Times, class: (Kind, Family)) -> Result<String> {
