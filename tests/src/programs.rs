@@ -1,13 +1,14 @@
 //! The programs of the committed object, loaded into this kernel to see what they cost.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use aya::Ebpf;
 use aya::programs::SchedClassifier;
+use aya::{Ebpf, EbpfLoader};
 use nix::time::{ClockId, clock_gettime};
+use npm_agent::backend::ebpf::btf::Offsets;
+use npm_agent::backend::ebpf::width::Width;
 use object::read::elf::ElfFile64;
 use object::{Endianness, Object, ObjectSection, ObjectSymbol, RelocationTarget, SymbolKind};
 
@@ -25,17 +26,26 @@ pub struct Cost {
     pub helper_calls: u32,
 }
 
-fn path() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../npm-ebpf/npm-ebpf.o")
+/// The objects, by the width of their rows, with this kernel's numbers written in.
+fn bytes(width: Width, kernel: &Offsets) -> Vec<u8> {
+    let mut object = width.object().to_vec();
+    kernel.link(&mut object);
+    object
 }
 
-/// The object, nothing of it loaded yet but its maps.
+/// The narrow object, nothing of it loaded yet but its maps.
 ///
 /// # Errors
-/// It is not there, or the kernel refuses a map.
+/// The kernel refuses a map, or does not say what the programs have to know of it.
 pub fn object() -> Result<Ebpf> {
-    let path = path();
-    Ebpf::load_file(&path).with_context(|| format!("loading {}", path.display()))
+    object_of(Width::Narrow)
+}
+
+fn object_of(width: Width) -> Result<Ebpf> {
+    let kernel = Offsets::of_this_kernel().context("asking the kernel for its types")?;
+    let mut loader = EbpfLoader::new();
+    kernel.tell(&mut loader);
+    loader.load(&bytes(width, &kernel)).context("loading the object")
 }
 
 /// A program of the object.
@@ -52,17 +62,18 @@ pub fn names(ebpf: &Ebpf) -> Vec<String> {
     ebpf.programs().map(|(name, _)| name.to_owned()).collect()
 }
 
-/// Every program's cost.
+/// Every program's cost, those of the wide object under `wide/`.
 ///
 /// # Errors
 /// The kernel refuses one, or does not say (before Linux 5.16 it has no count of verified instructions).
 pub fn costs() -> Result<BTreeMap<String, Cost>> {
-    let mut ebpf = object()?;
-    let text = std::fs::read(path()).context("reading the object")?;
-    let text = Text::of(&text)?;
-    names(&ebpf)
-        .into_iter()
-        .map(|name| {
+    let kernel = Offsets::of_this_kernel().context("asking the kernel for its types")?;
+    let mut costs = BTreeMap::new();
+    for width in Width::BOTH {
+        let mut ebpf = object_of(width)?;
+        let text = bytes(width, &kernel);
+        let text = Text::of(&text)?;
+        for name in names(&ebpf) {
             let program = program(&mut ebpf, &name)?;
             program.load().with_context(|| format!("loading {name}"))?;
             let said = program.info().with_context(|| format!("asking about {name}"))?;
@@ -73,9 +84,17 @@ pub fn costs() -> Result<BTreeMap<String, Cost>> {
                 machine_code_bytes: said.size_jitted(),
                 helper_calls: text.helper_calls(&name)?,
             };
-            Ok((name, cost))
-        })
-        .collect()
+            costs.insert(full_name(width, &name), cost);
+        }
+    }
+    Ok(costs)
+}
+
+fn full_name(width: Width, program: &str) -> String {
+    match width {
+        Width::Narrow => program.to_owned(),
+        Width::Wide => format!("wide/{program}"),
+    }
 }
 
 /// How much of this thread's CPU time each program takes to load, best of so many times: the verifier and the compiler
@@ -86,13 +105,16 @@ pub fn costs() -> Result<BTreeMap<String, Cost>> {
 pub fn load_times(times: u32) -> Result<BTreeMap<String, Duration>> {
     let mut best = BTreeMap::new();
     for _ in 0..times {
-        let mut ebpf = object()?;
-        for name in names(&ebpf) {
-            let program = program(&mut ebpf, &name)?;
-            let began = cpu_time()?;
-            program.load().with_context(|| format!("loading {name}"))?;
-            let took = cpu_time()?.saturating_sub(began);
-            best.entry(name).and_modify(|best: &mut Duration| *best = took.min(*best)).or_insert(took);
+        for width in Width::BOTH {
+            let mut ebpf = object_of(width)?;
+            for name in names(&ebpf) {
+                let program = program(&mut ebpf, &name)?;
+                let began = cpu_time()?;
+                program.load().with_context(|| format!("loading {name}"))?;
+                let took = cpu_time()?.saturating_sub(began);
+                let name = full_name(width, &name);
+                best.entry(name).and_modify(|best: &mut Duration| *best = took.min(*best)).or_insert(took);
+            }
         }
     }
     Ok(best)

@@ -10,9 +10,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use npm_tests::programs::{Cost, costs};
 
-/// What the verifier may walk for one program. It takes a million (BPF_COMPLEXITY_LIMIT_INSNS); 54,000 took 120 ms to
-/// load, and programs are loaded while the node has no policy.
-const MOST_VERIFIED: u32 = 30_000;
+/// What the verifier may walk for one program. It takes a million (BPF_COMPLEXITY_LIMIT_INSNS), but programs are loaded while
+/// the node has no policy: docs/benchmarks.md has the times.
+const MOST_VERIFIED: u32 = 40_000;
+/// The same for programs with wide rows, of which the verifier walks every word.
+const MOST_VERIFIED_WIDE: u32 = 90_000;
 
 /// How much more than recorded is growth, in percent. Kernels differ: in how they prune, in what they inline.
 const SLACK_PERCENT: u32 = 10;
@@ -86,7 +88,8 @@ fn no_program_grows_unseen() -> Result<()> {
                 "{name}: {is} {what}, recorded {was}: {again}"
             );
         }
-        ensure!(cost.verified <= MOST_VERIFIED, "{name}: {} instructions verified", cost.verified);
+        let most = if name.starts_with("wide/") { MOST_VERIFIED_WIDE } else { MOST_VERIFIED };
+        ensure!(cost.verified <= most, "{name}: {} instructions verified", cost.verified);
     }
     Ok(())
 }

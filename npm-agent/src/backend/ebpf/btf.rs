@@ -7,6 +7,9 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use aya::EbpfLoader;
+use npm_common::kfunc::{CAST, CAST_CONTEXT, link};
+
 /// Where the kernel shows its type information.
 const DIRECTORY: &str = "/sys/kernel/btf";
 
@@ -88,6 +91,24 @@ pub struct Casts {
 }
 
 impl Offsets {
+    /// Writes this kernel's numbers into an object's bytes, wherever it calls functions of the kernel.
+    pub fn link(&self, object: &mut [u8]) {
+        if let Some(casts) = &self.casts {
+            link(object, CAST_CONTEXT, casts.context.cast_signed());
+            link(object, CAST, casts.cast.cast_signed());
+        }
+    }
+
+    /// Has an object be told where the kernel keeps what it reads.
+    pub fn tell<'a>(&'a self, loader: &mut EbpfLoader<'a>) {
+        let entry = self.casts.as_ref().map_or(&0, |casts| &casts.entry);
+        loader
+            .override_global("ENTRY_TYPE", entry, true)
+            .override_global("NFCT_OFFSET", &self.nfct, true)
+            .override_global("ORIGINAL_OFFSET", &self.original, true)
+            .override_global("REPLY_OFFSET", &self.reply, true);
+    }
+
     /// Of the running kernel.
     ///
     /// # Errors

@@ -7,7 +7,6 @@ use aya::maps::{Array, PerCpuArray};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfLoader};
 use npm_common::event::{Mode, Outcome};
-use npm_common::kfunc::{CAST, CAST_CONTEXT, link};
 
 use super::any_maps::AnyMaps;
 use super::btf::Offsets;
@@ -46,20 +45,11 @@ impl Datapath {
             (Some(Reading::Cast), None) => return Err(KernelError::NoCasts),
         };
         let mut object = width.object().to_vec();
-        let mut entry_type = 0;
-        if let Some(casts) = offsets.casts {
-            link(&mut object, CAST_CONTEXT, casts.context.cast_signed());
-            link(&mut object, CAST, casts.cast.cast_signed());
-            entry_type = casts.entry;
-        }
+        offsets.link(&mut object);
         let shared = SHARED.iter().map(|name| (*name, pins.map(name)));
         let paths: Vec<_> = shared.chain(NAMES.iter().map(|name| (*name, directory.join(name)))).collect();
         let mut loader = EbpfLoader::new();
-        loader
-            .override_global("ENTRY_TYPE", &entry_type, true)
-            .override_global("NFCT_OFFSET", &offsets.nfct, true)
-            .override_global("ORIGINAL_OFFSET", &offsets.original, true)
-            .override_global("REPLY_OFFSET", &offsets.reply, true);
+        offsets.tell(&mut loader);
         for (name, path) in &paths {
             loader.map_pin_path(name, path.as_path());
         }
