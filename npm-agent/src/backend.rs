@@ -3,6 +3,7 @@
 pub mod cut;
 pub mod ebpf;
 pub mod iptables;
+pub mod succession;
 
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::Goal;

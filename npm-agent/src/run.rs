@@ -15,7 +15,8 @@ use crate::backend::iptables::layout::{Established, Placement};
 use crate::backend::iptables::render::Form;
 use crate::backend::iptables::variant::{self, Variant};
 use crate::backend::iptables::{Iptables, Options};
-use crate::backend::{Backend, ebpf};
+use crate::backend::succession::Succession;
+use crate::backend::{Backend, BackendError, Removed, ebpf};
 use crate::config::file::PLACED_BEHIND;
 use crate::config::value::{BackendKind, ChainPlacement, DeniedConnections, IptablesVariant};
 use crate::config::{Flags, HostNames, Settings, Source};
@@ -72,8 +73,10 @@ fn announce(settings: &Settings) {
 
 fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
     let backend = match settings.backend {
-        BackendKind::Iptables => iptables_that_cuts(settings)?,
-        BackendKind::Ebpf => ebpf(settings)?,
+        BackendKind::Iptables => {
+            Box::new(Succession::new(iptables_that_cuts(settings)?, Box::new(remove_pinned)))
+        }
+        BackendKind::Ebpf => Box::new(Succession::new(ebpf(settings)?, Box::new(remove_rules))),
     };
     // From here on signals end the agent in order.
     let _context = runtime.enter();
@@ -157,12 +160,27 @@ fn ebpf(settings: &Settings) -> anyhow::Result<Box<dyn Backend>> {
     Ok(Box::new(ebpf::enforcer::Ebpf::new(options).context("loading the eBPF programs")?))
 }
 
-/// Removes what any version of the eBPF backend has pinned and attached; gives how many objects those were.
+/// Removes what any version of the eBPF backend has pinned and attached, and the rules that make the kernel track
+/// connections; gives how many objects those were.
 ///
 /// # Errors
 /// Something is still there.
-pub(crate) fn remove_pinned() -> anyhow::Result<usize> {
-    Ok(ebpf::enforcer::remove_all()?)
+pub(crate) fn remove_pinned() -> Result<usize, BackendError> {
+    let mut removed = ebpf::enforcer::release()?;
+    let tools = Tools::default();
+    for variant in Variant::BOTH {
+        // Asking iptables-legacy makes a table where there is none.
+        for rule in tracking_with(variant).iter().filter(|rule| variant.has_table(rule.family, "filter")) {
+            removed += usize::from(rule.remove(&tools)?);
+        }
+    }
+    Ok(removed)
+}
+
+/// Removes the chains and sets of the iptables backend, of either variant; gives how many objects those were.
+fn remove_rules() -> Result<usize, BackendError> {
+    let Removed { sets, chains, rules } = Iptables::new(Options::default())?.remove()?;
+    Ok(sets + chains + rules)
 }
 
 /// The programs of the node's iptables, for the rule that makes the kernel track connections.
@@ -172,6 +190,10 @@ fn tracking(variant: IptablesVariant) -> Vec<ebpf::rule::Iptables> {
         IptablesVariant::Nft => Variant::Nft,
         IptablesVariant::Legacy => Variant::Legacy,
     };
+    tracking_with(variant)
+}
+
+fn tracking_with(variant: Variant) -> Vec<ebpf::rule::Iptables> {
     let mut families = vec![Family::V4];
     if variant::has_ipv6().unwrap_or(true) {
         families.push(Family::V6);

@@ -33,7 +33,7 @@ pub(crate) fn enforce<R: Read>(context: &TcContext) -> i32 {
     }
     match (outcome.passes(), mode()) {
         (true, _) | (false, Mode::Mark) => TC_ACT_UNSPEC,
-        (false, Mode::Enforce) => TC_ACT_SHOT as i32,
+        (false, Mode::Enforce) => TC_ACT_SHOT,
     }
 }
 
@@ -53,7 +53,9 @@ fn judge<R: Read>(context: &TcContext) -> Outcome {
     let Some(nfct) = R::nfct(context) else { return Outcome::NoConnection };
     match State::of(nfct) {
         State::Nothing => Outcome::at(judge_headers(context.skb.skb)),
-        state => judge_connection::<R>(context, entry_of(nfct), state),
+        state @ (State::New | State::Original | State::Reply | State::Related) => {
+            judge_connection::<R>(context, entry_of(nfct), state)
+        }
     }
 }
 

@@ -34,6 +34,9 @@ const IDLE: Duration = Duration::from_millis(100);
 /// How many tuples are taken at once: between two batches the thread can be told to stop.
 const BATCH: usize = 4096;
 
+/// How many batches a full map has, and as many again.
+const MOST_SWINGS: usize = 32;
+
 /// The words of a tuple's memory.
 fn words(key: &Key) -> Words {
     let Key { source, source_port, family, destination, destination_port, protocol, direction } = key;
@@ -158,11 +161,7 @@ impl Reaper {
     /// # Errors
     /// The kernel has no ctnetlink, a map is missing, or there can be no thread.
     pub(super) fn start(pins: &Pins) -> Result<Self, KernelError> {
-        let mut scythe = Scythe {
-            denied: Connections::pinned(pins, "DENIED")?,
-            proofs: Connections::pinned(pins, "PROOFS")?,
-            table: Conntrack::open()?,
-        };
+        let mut scythe = Scythe::pinned(pins)?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("denied".into()).spawn(move || {
@@ -196,7 +195,29 @@ struct Scythe {
     table: Conntrack,
 }
 
+/// Deletes the entries of all connections that are noted as denied, where nobody denies new ones.
+///
+/// # Errors
+/// A map is missing, or the kernel refused.
+pub(super) fn sweep(pins: &Pins) -> Result<(), KernelError> {
+    let mut scythe = Scythe::pinned(pins)?;
+    for _ in 0..MOST_SWINGS {
+        if scythe.swing()? == 0 {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
 impl Scythe {
+    fn pinned(pins: &Pins) -> Result<Self, KernelError> {
+        Ok(Self {
+            denied: Connections::pinned(pins, "DENIED")?,
+            proofs: Connections::pinned(pins, "PROOFS")?,
+            table: Conntrack::open()?,
+        })
+    }
+
     /// Deletes what is noted; gives how many tuples were.
     fn swing(&mut self) -> Result<usize, KernelError> {
         let keys: Result<Vec<Words>, MapError> = self.denied.map.keys().take(BATCH).collect();

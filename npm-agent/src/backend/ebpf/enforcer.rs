@@ -10,7 +10,7 @@ use npm_policy::goal::Goal;
 use super::any_maps::AnyMaps;
 use super::attach::{Attachments, detach_clsact};
 use super::choice::Choice;
-use super::connections::{Reaper, prove_existing};
+use super::connections::{Reaper, prove_existing, sweep};
 use super::datapath::{Datapath, ENTRIES};
 use super::kernel::{KernelError, verdict};
 use super::lower::decision;
@@ -237,6 +237,20 @@ pub fn remove_all() -> Result<usize, BackendError> {
         removed += pins.remove().map_err(KernelError::from)?;
     }
     Ok(removed + detach_all()?)
+}
+
+/// Removes what [`remove_all`] does, where another backend enforces by now: first the kernel's entries of connections that
+/// were denied, which that backend would take for established.
+///
+/// # Errors
+/// Something is still there.
+pub fn release() -> Result<usize, BackendError> {
+    for pins in Pins::all().map_err(KernelError::from)? {
+        if let Err(error) = sweep(&pins) {
+            tracing::warn!(%error, "entries of connections that were denied stay until they time out");
+        }
+    }
+    remove_all()
 }
 
 fn take_away(pins: &Pins) -> Result<usize, BackendError> {

@@ -8,8 +8,9 @@ use npm_policy::goal::Family;
 use crate::backend::BackendError;
 use crate::exec::Tools;
 
-/// Its chain begins with AZURE-NPM: whoever removes ours finds it.
-const CHAIN: &str = "AZURE-NPM-CONNTRACK";
+/// Its chain does not begin with AZURE-NPM, so that it is none of the iptables backend's: while that backend's chains go,
+/// connections have to be tracked on.
+const CHAIN: &str = "NPM-AGENT-CONNTRACK";
 
 /// The programs of one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
