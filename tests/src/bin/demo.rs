@@ -4,12 +4,15 @@
 //! deploy/demo/*.yaml ─► lab (a node, pods, hosts outside) ─► npm-agent run, inside the node ─► real connections
 //!          └──────────► oracle ─────────────────────────────────────────────────► expected ──► side by side
 //! ```
+//!
+//! The same connections are made under each backend: eBPF first, then iptables, which takes its place as it would on a node
+//! that changes its backend.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{SigSet, Signal};
@@ -21,7 +24,8 @@ use npm_policy::model::Protocol;
 use npm_policy::names::name_sets;
 use npm_policy::verdict::oracle;
 use npm_policy::world::World;
-use npm_tests::lab::agent::{Agent, Settings};
+use npm_tests::lab::agent::{Agent, Settings, binary};
+use npm_tests::lab::netns::Netns;
 use npm_tests::lab::node::Layout;
 use npm_tests::lab::probe::{Outcome, Probe};
 use npm_tests::lab::service::Dialect;
@@ -37,6 +41,32 @@ const OUTSIDE: [(&str, &str, &str); 4] = [
     ("bank", "198.51.100.20", "2001:db8:ba::20"),
     ("backoffice", "198.51.100.70", "2001:db8:ba:40::70"),
 ];
+
+/// In this order: the last is the one whose rules are shown, and that goes on with `--keep`.
+const BACKENDS: [&str; 2] = ["ebpf", "iptables"];
+
+/// Takes away what an agent left on the node, which is not all gone with the node's namespace: eBPF objects are pinned.
+struct Swept {
+    node: Netns,
+}
+
+impl Drop for Swept {
+    fn drop(&mut self) {
+        let swept =
+            binary().and_then(|agent| self.node.exec(&agent.to_string_lossy(), &["cleanup", "--force"]));
+        if let Err(error) = swept {
+            eprintln!("what the agent programmed is left behind: {error:#}");
+        }
+    }
+}
+
+/// All connections, tried under one backend.
+struct Round {
+    backend: &'static str,
+    /// From the agent's start until everything was programmed.
+    took: Duration,
+    observed: Vec<Outcome>,
+}
 
 /// What the command line asks for.
 struct Args {
@@ -102,30 +132,38 @@ fn demo(args: &Args, interrupts: &SigSet) -> Result<()> {
     println!("Without the agent {delivered} of {} connections get through (IPv4 and IPv6).", open.len());
     ensure!(delivered == open.len(), "the lab itself loses connections");
 
-    let more = vec!["--iptables-variant".to_owned(), args.dialect.name().to_owned()];
     let node = lab.netns(NODE)?.clone();
-    let settings = Settings {
-        backend: "iptables".to_owned(),
-        node: NODE.to_owned(),
-        manifests: manifests.clone(),
-        directory: directory.path().to_owned(),
-        more,
-    };
-    let start = Instant::now();
-    let mut agent = Agent::start(&node, settings)?;
-    agent.wait().context("waiting for the agent")?;
-    println!(
-        "npm-agent has started in the node, read the manifests and programmed iptables-{} in {} ms.\n",
-        args.dialect.name(),
-        start.elapsed().as_millis()
-    );
-    let observed = plan.observe(&mut lab, |flow| Some(oracle(&world, flow).decision()))?;
-    let wrong = plan.print(&world, &columns, &observed);
+    // Dropped after the agent.
+    let swept = Swept { node: node.clone() };
+    let mut rounds = Vec::new();
+    let mut running = None;
+    for backend in BACKENDS {
+        if let Some(agent) = running.take() {
+            Agent::terminate(agent).context("stopping the agent")?;
+        }
+        let more = ["--iptables-variant", args.dialect.name(), "--instance", node.name()];
+        let settings = Settings {
+            backend: backend.to_owned(),
+            node: NODE.to_owned(),
+            manifests: manifests.clone(),
+            directory: directory.path().to_owned(),
+            more: more.map(str::to_owned).to_vec(),
+        };
+        let start = Instant::now();
+        let agent = Agent::start(&node, settings)?;
+        let agent = running.insert(agent);
+        agent.wait().with_context(|| format!("waiting for the agent with {backend}"))?;
+        let took = start.elapsed();
+        let observed = plan.observe(&mut lab, |flow| Some(oracle(&world, flow).decision()))?;
+        rounds.push(Round { backend, took, observed });
+    }
+    let agent = running.context("an agent runs")?;
+    let wrong = plan.print(&world, &columns, &rounds);
     show_rules(&world, &node, args.dialect)?;
     println!(
         "\nDone in {:.1} s. Look next at:\n  \
          target/debug/npm-agent matrix -f deploy/demo             the same table offline, without root\n  \
-         target/debug/npm-agent render -f deploy/demo --node {NODE}  all rules and sets as text\n  \
+         target/debug/npm-agent render -f deploy/demo --node {NODE}  all rules and sets as text (--backend ebpf: all maps)\n  \
          docs/ARCHITECTURE.md, docs/configuration.md              how it works, how to run it",
         started.elapsed().as_secs_f64()
     );
@@ -133,6 +171,7 @@ fn demo(args: &Args, interrupts: &SigSet) -> Result<()> {
         keep(&lab, &manifests, directory.path(), interrupts)?;
     }
     agent.terminate().context("stopping the agent")?;
+    drop(swept);
     ensure!(wrong == 0, "{wrong} connections did not do what the policies say");
     Ok(())
 }
@@ -196,8 +235,8 @@ fn columns(world: &World) -> Vec<Column> {
     columns
 }
 
-/// A connection's family, and what was expected and seen of it.
-type Cell = (Family, Decision, Decision);
+/// A connection's family, what was expected, and what was seen, in each round.
+type Cell = (Family, Decision, Vec<Decision>);
 
 /// All connections to try: every endpoint but the node, to every column, in both families.
 struct Plan {
@@ -244,45 +283,58 @@ impl Plan {
         lab.probe(&self.probes.iter().map(probe).collect::<Vec<_>>())
     }
 
-    /// Prints the table; returns how many connections did not do what the oracle says.
-    fn print(&self, world: &World, columns: &[Column], observed: &[Outcome]) -> usize {
+    /// Prints the table; returns how many connections did not do what the oracle says, in all rounds.
+    fn print(&self, world: &World, columns: &[Column], rounds: &[Round]) -> usize {
         let mut cells: BTreeMap<(usize, usize), Vec<Cell>> = BTreeMap::new();
-        for ((cell, (flow, _)), outcome) in self.cells.iter().zip(&self.probes).zip(observed) {
-            let verdict = oracle(world, flow);
-            let entry = cells.entry((cell.0, cell.1)).or_default();
-            entry.push((cell.2, verdict.decision(), outcome.decision()));
+        let mut wrong: Vec<usize> = vec![0; rounds.len()];
+        let mut allowed: Vec<usize> = vec![0; rounds.len()];
+        for (probe, (cell, (flow, _))) in self.cells.iter().zip(&self.probes).enumerate() {
+            let expected = oracle(world, flow).decision();
+            let seen: Vec<Decision> = rounds.iter().map(|round| round.observed[probe].decision()).collect();
+            for (round, seen) in seen.iter().enumerate() {
+                wrong[round] += usize::from(*seen != expected);
+                allowed[round] += usize::from(*seen == Decision::Allow);
+            }
+            cells.entry((cell.0, cell.1)).or_default().push((cell.2, expected, seen));
         }
         let width = 11;
         let head = |text: fn(&Column) -> String| {
             columns.iter().map(|column| format!("{:>width$}", text(column))).collect::<String>()
         };
-        println!("Who can connect (rows) to what (columns), as observed over IPv4 and IPv6:\n");
+        println!(
+            "Who can connect (rows) to what (columns), as observed over IPv4 and IPv6, under both backends:\n"
+        );
         println!("{:12}{}", "", head(|column| column.host.clone()));
         println!("{:12}{}", "", head(|column| column.what.clone()));
         println!("{:12}{}", "", head(|column| column.transport.to_string()));
-        let mut wrong = 0;
-        let mut allowed = 0;
         for (row, source) in self.sources.iter().enumerate() {
             let mut line = format!("{source:12}");
             for column in 0..columns.len() {
                 let text = match cells.get(&(row, column)) {
                     None => "#".to_owned(),
-                    Some(families) => {
-                        wrong += families.iter().filter(|(_, expected, seen)| expected != seen).count();
-                        allowed += families.iter().filter(|(_, _, seen)| *seen == Decision::Allow).count();
-                        cell_text(families)
-                    }
+                    Some(families) => cell_text(families),
                 };
                 line.push_str(&format!("{text:>width$}"));
             }
             println!("{line}");
         }
-        let total = observed.len();
         println!(
-            "\n{total} connections tried, {allowed} got through; {} of {total} as the policies say{}",
-            total - wrong,
-            if wrong == 0 { "." } else { " (differences are marked with !)." }
+            "\n{:12}{:>12}{:>14}{:>14}{:>22}",
+            "backend", "ready after", "connections", "got through", "as the policies say"
         );
+        for (index, Round { backend, took, observed }) in rounds.iter().enumerate() {
+            println!(
+                "{backend:12}{:>12}{:>14}{:>14}{:>22}",
+                format!("{} ms", took.as_millis()),
+                observed.len(),
+                allowed[index],
+                observed.len() - wrong[index]
+            );
+        }
+        let wrong: usize = wrong.iter().sum();
+        if wrong > 0 {
+            println!("Differences are marked with !");
+        }
         let examples = [("report", "db"), ("notebook", "db"), ("cart", "bank")];
         println!("\nWhy, in three cases:");
         for (from, to) in examples {
@@ -299,27 +351,33 @@ impl Plan {
     }
 }
 
-/// `yes` or `no` when both families agree, else which family passes; `!` where the oracle says otherwise.
+/// `yes` or `-` when both families agree, else which family passes, the same under every backend; `!` where a backend did
+/// not do what the oracle says, with what each did.
 fn cell_text(families: &[Cell]) -> String {
-    let allowed: Vec<&str> = families
-        .iter()
-        .filter(|(_, _, seen)| *seen == Decision::Allow)
-        .map(|(family, ..)| match family {
-            Family::V4 => "v4",
-            Family::V6 => "v6",
+    let rounds = families.first().map_or(0, |(_, _, seen)| seen.len());
+    let mut texts: Vec<String> = (0..rounds)
+        .map(|round| {
+            let allowed = families.iter().filter(|(_, _, seen)| seen[round] == Decision::Allow);
+            let allowed: Vec<&str> = allowed
+                .map(|(family, ..)| match family {
+                    Family::V4 => "v4",
+                    Family::V6 => "v6",
+                })
+                .collect();
+            match (allowed.len(), families.len()) {
+                (0, _) => "-".to_owned(),
+                (some, all) if some == all => "yes".to_owned(),
+                (_, _) => allowed.join("+"),
+            }
         })
         .collect();
-    let text = match (allowed.len(), families.len()) {
-        (0, _) => "-".to_owned(),
-        (some, all) if some == all => "yes".to_owned(),
-        (_, _) => allowed.join("+"),
-    };
-    let wrong = families.iter().any(|(_, expected, seen)| expected != seen);
-    if wrong { format!("{text}!") } else { text }
+    texts.dedup();
+    let wrong = families.iter().any(|(_, expected, seen)| seen.iter().any(|seen| seen != expected));
+    format!("{}{}", texts.join("|"), if wrong { "!" } else { "" })
 }
 
 /// What made it: the sets with their names for people, and one policy's chain, from the node's kernel.
-fn show_rules(world: &World, node: &npm_tests::lab::netns::Netns, dialect: Dialect) -> Result<()> {
+fn show_rules(world: &World, node: &Netns, dialect: Dialect) -> Result<()> {
     let (goal, _) = compile(world, NODE);
     let names = name_sets(goal.sets.keys());
     println!("\nThe rules and sets that made it, for policy shop/db (IPv4), read from the node:");
