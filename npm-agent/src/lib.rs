@@ -8,6 +8,7 @@ pub mod exec;
 pub mod lock;
 pub mod logging;
 pub mod matrix;
+pub mod metrics;
 pub mod reconcile;
 pub mod run;
 pub mod source;

@@ -1,5 +1,6 @@
 //! Puts the agent together: the only place that knows every part.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -15,6 +16,7 @@ use crate::backend::iptables::{Iptables, Options};
 use crate::config::file::PLACED_BEHIND;
 use crate::config::value::{BackendKind, ChainPlacement, IptablesVariant};
 use crate::config::{Flags, HostNames, Settings, Source};
+use crate::metrics::Metrics;
 use crate::reconcile::backoff::Backoff;
 use crate::reconcile::worker::{Stopped, Timing, Worker};
 use crate::reconcile::{Channels, Identity, Reconcile};
@@ -74,7 +76,8 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
     let server = Server::bind(&settings.socket)?;
 
     let timing = Timing { verify_interval: settings.verify_interval, backoff: Backoff::default() };
-    let worker = Worker::start(backend, timing).context("starting the backend's thread")?;
+    let metrics = Arc::new(Metrics::new());
+    let worker = Worker::start(backend, timing, &metrics).context("starting the backend's thread")?;
     let (events, events_end) = mpsc::channel(MAX_EVENTS);
     let (refresh, refresh_end) = mpsc::channel(1);
     let (asks, asks_end) = mpsc::channel(MAX_ASKS);
@@ -84,7 +87,7 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
         known_differences: known_differences(settings),
     };
     let channels = Channels { events: events_end, refresh, asks: asks_end };
-    let ended = Reconcile::new(identity, vec![worker.clone()])
+    let ended = Reconcile::new(identity, vec![worker.clone()], Arc::clone(&metrics))
         .start(channels)
         .context("starting the reconcile thread")?;
     let source = match &settings.source {

@@ -409,7 +409,7 @@ fn requests_to_refresh_that_come_together_are_one() {
 
 #[test]
 fn who_has_gone_is_not_kept_while_the_source_does_not_answer() {
-    let mut reconcile = Reconcile::new(Identity::default(), Vec::new());
+    let mut reconcile = Reconcile::new(Identity::default(), Vec::new(), Arc::new(Metrics::new()));
     let mut ask = || {
         let (reply, answer) = oneshot::channel();
         reconcile.answer(Ask { freshness: Freshness::Refreshed, reply });
