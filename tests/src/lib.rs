@@ -4,6 +4,7 @@ pub mod exec;
 pub mod features;
 pub mod kubernetes;
 pub mod lab;
+pub mod monitoring;
 pub mod opinions;
 pub mod property;
 pub mod random;

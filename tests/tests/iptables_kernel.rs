@@ -26,6 +26,8 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 mod failures;
 #[path = "iptables_kernel/neighbours.rs"]
 mod neighbours;
+#[path = "iptables_kernel/writes.rs"]
+mod writes;
 
 /// Runs `test` for both variants, each in a fresh network namespace.
 fn in_namespace(test: fn(Variant)) {
