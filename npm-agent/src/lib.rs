@@ -12,6 +12,7 @@ pub mod interfaces;
 pub mod lock;
 pub mod logging;
 pub mod matrix;
+pub mod metrics;
 mod netlink;
 pub mod reconcile;
 pub mod run;

@@ -1,5 +1,6 @@
 //! Puts the agent together: the only place that knows every part.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -21,6 +22,7 @@ use crate::config::value::{BackendKind, ChainPlacement, DeniedConnections, Iptab
 use crate::config::{Flags, HostNames, Settings, Source};
 use crate::escape::{self, Board, Engine};
 use crate::exec::Tools;
+use crate::metrics::Metrics;
 use crate::reconcile::backoff::Backoff;
 use crate::reconcile::worker::{Stopped, Timing, Worker};
 use crate::reconcile::{Channels, Identity, Reconcile};
@@ -89,7 +91,8 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
     let board = board.context("making the list of what escapes judgement")?;
     escape::start(board.clone(), settings.verify_interval, Tools::default())
         .context("starting the thread that looks for what escapes judgement")?;
-    let worker = Worker::start(backend, timing).context("starting the backend's thread")?;
+    let metrics = Arc::new(Metrics::new());
+    let worker = Worker::start(backend, timing, &metrics).context("starting the backend's thread")?;
     let disturbed = worker.clone();
     disturbance::watch(move || disturbed.verify_soon())
         .context("starting the thread that hears of changes of rules")?;
@@ -102,7 +105,7 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
         known_differences: known_differences(settings),
     };
     let channels = Channels { events: events_end, refresh, asks: asks_end };
-    let ended = Reconcile::new(identity, vec![worker.clone()])
+    let ended = Reconcile::new(identity, vec![worker.clone()], Arc::clone(&metrics))
         .with_board(board)
         .start(channels)
         .context("starting the reconcile thread")?;

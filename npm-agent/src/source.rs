@@ -11,7 +11,8 @@ pub enum Event {
     /// These objects are so from now on; they belong together (one file, one burst) and are compiled together.
     Changes(Vec<Change>),
     /// What is wrong with the objects of one origin (a file, a watch) from now on. Replaces what was said of the
-    /// origin before; an empty list clears it.
+    /// origin before; an empty list clears it. It comes before the changes that belong to it: whoever counts failures
+    /// has to know of a version's problem when the version comes.
     Problems {
         /// The file or the watch.
         origin: String,

@@ -6,6 +6,7 @@ pub mod features;
 pub mod frames;
 pub mod kubernetes;
 pub mod lab;
+pub mod monitoring;
 pub mod opinions;
 pub mod pair;
 pub mod programs;

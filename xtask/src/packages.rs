@@ -35,6 +35,8 @@ const NEEDS: &[Need] = &[
     Need { probe: Probe::Program("ip6tables-nft"), package: "iptables", why: "the iptables backend, IPv6" },
     Need { probe: Probe::Program("conntrack"), package: "conntrack", why: "the lab's look at connections" },
     Need { probe: Probe::Program("nft"), package: "nftables", why: "tests with rules of nftables' own" },
+    Need { probe: Probe::Program("prometheus"), package: "prometheus", why: "the test of metrics and rules" },
+    Need { probe: Probe::Program("promtool"), package: "prometheus", why: "the test of metrics and rules" },
     Need { probe: Probe::Program("cc"), package: "gcc", why: "linking, and C parts of dependencies" },
     Need { probe: Probe::Header("stdlib.h"), package: "libc6-dev", why: "C parts of dependencies" },
     Need { probe: Probe::Header("libipset/session.h"), package: "libipset-dev", why: "the ipset crate" },

@@ -35,6 +35,17 @@ pub struct World {
     pods_by_label: BTreeMap<Label, BTreeSet<PodKey>>,
 }
 
+/// How many objects of each kind there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct WorldSize {
+    /// Pods of all nodes, those that have ended or are on the host's network included.
+    pub pods: usize,
+    /// Namespaces that were seen.
+    pub namespaces: usize,
+    /// Policies, those that select nothing included.
+    pub policies: usize,
+}
+
 impl PartialEq for World {
     fn eq(&self, other: &Self) -> bool {
         // The other fields are indexes over these.
@@ -65,6 +76,11 @@ impl World {
                 None => drop(self.policies.remove(&key)),
             },
         }
+    }
+
+    /// How many objects of each kind there are, without counting them.
+    pub fn size(&self) -> WorldSize {
+        WorldSize { pods: self.pods.len(), namespaces: self.namespaces.len(), policies: self.policies.len() }
     }
 
     /// All pods, in order of their keys.

@@ -186,7 +186,7 @@ impl Backend for Panicking {
 
 fn run_panicking() {
     let timing = Timing { verify_interval: Duration::from_secs(30), backoff: Backoff::default() };
-    let worker = Worker::start(Box::new(Panicking), timing).unwrap();
+    let worker = Worker::start(Box::new(Panicking), timing, &npm_agent::metrics::Metrics::new()).unwrap();
     worker.publish(Target { generation: 1, goal: Goal::default() });
     let progress =
         worker.wait(Duration::from_secs(20), |status| status.generation > 0 || status.failures > 0);
