@@ -2,9 +2,11 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod backoff;
 pub mod cli;
 pub mod config;
 pub mod exec;
+pub mod http;
 pub mod lock;
 pub mod logging;
 pub mod matrix;

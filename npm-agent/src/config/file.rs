@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use super::keys::{KEYS, Key, Kind, Meaning, PARENTS, Setting};
 use super::value::{
     BackendKind, ChainPlacement, IptablesVariant, LogFormat, LogLevel, SourceKind, ValueError,
 };
-use super::{ConfigError, parse_verify_interval, value};
+use super::{ConfigError, parse_verify_interval, parse_watch_timeout, value};
 
 /// What a config file says; `None` where it says nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,6 +23,14 @@ pub struct File {
     pub source: Option<SourceKind>,
     /// `Manifests`.
     pub manifests: Option<PathBuf>,
+    /// `Kubeconfig`.
+    pub kubeconfig: Option<PathBuf>,
+    /// `WatchTimeout`.
+    pub watch_timeout: Option<Duration>,
+    /// `ListeningAddress`.
+    pub listening_address: Option<IpAddr>,
+    /// `ListeningPort`.
+    pub listening_port: Option<u16>,
     /// `Node`.
     pub node: Option<String>,
     /// `Instance`.
@@ -148,6 +157,18 @@ impl Reader<'_> {
             Setting::Backend => self.file.backend = Some(self.parsed(name, value, str::parse)?),
             Setting::Source => self.file.source = Some(self.parsed(name, value, str::parse)?),
             Setting::Manifests => self.file.manifests = Some(self.parsed(name, value, path)?),
+            Setting::Kubeconfig => self.file.kubeconfig = Some(self.parsed(name, value, path)?),
+            Setting::WatchTimeout => {
+                self.file.watch_timeout = Some(self.parsed(name, value, parse_watch_timeout)?);
+            }
+            Setting::ListeningAddress => {
+                self.file.listening_address = Some(self.parsed(name, value, value::parse_address)?);
+            }
+            Setting::ListeningPort => {
+                let port = value.as_u64().and_then(|port| u16::try_from(port).ok());
+                let port = port.ok_or_else(|| self.wrong_type(name, Kind::Port, value))?;
+                self.file.listening_port = Some(port);
+            }
             Setting::Node => self.file.node = Some(self.parsed(name, value, value::parse_node)?),
             Setting::Instance => {
                 self.file.instance = Some(self.parsed(name, value, value::parse_instance)?)

@@ -2,6 +2,7 @@
 //! the config file.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -61,10 +62,10 @@ choice! {
     SourceKind {
         /// A directory of manifests.
         Manifests = "manifests",
+        /// A cluster's API server.
+        Kube = "kube",
     }
-    refused {
-        "kube" => "the Kubernetes API source is not in this version of npm-agent; use manifests",
-    }
+    refused {}
 }
 
 choice! {
@@ -157,6 +158,14 @@ pub fn parse_instance(text: &str) -> Result<String, ValueError> {
     Ok(text.to_owned())
 }
 
+/// Reads an address to listen on.
+///
+/// # Errors
+/// It is no IP address.
+pub fn parse_address(text: &str) -> Result<IpAddr, ValueError> {
+    text.parse().map_err(|_error| ValueError::Address { text: text.to_owned() })
+}
+
 /// Why a text is no value of a setting.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ValueError {
@@ -195,6 +204,12 @@ pub enum ValueError {
     /// No name of an instance.
     #[error("{text:?} is no instance name: up to 63 lower-case letters, digits, '-' and '.'")]
     Instance {
+        /// What is there.
+        text: String,
+    },
+    /// No address.
+    #[error("{text:?} is no IP address")]
+    Address {
         /// What is there.
         text: String,
     },
