@@ -1,5 +1,7 @@
 //! The lab and what the tests share.
 
+pub mod apiserver;
+pub mod chaos;
 pub mod exec;
 pub mod features;
 pub mod kubernetes;
