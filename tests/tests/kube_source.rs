@@ -327,6 +327,8 @@ async fn every_disturbance_of_a_watch_is_survived() {
     for (round, disturbance) in disturbances.iter().enumerate() {
         source.until("following", Source::follows_all).await;
         server.faults().disturb(None, disturbance.clone());
+        // Until the watches have taken it, which nobody tells: later it would disturb less.
+        source.listen(Duration::from_millis(100)).await;
         // Two versions of one object, and an end that comes before a change of the same.
         let store = server.store();
         store.put(pod("a", &format!("10.0.2.{round}")));

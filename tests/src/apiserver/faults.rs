@@ -57,7 +57,7 @@ pub enum Disturbance {
     Error(u16),
     /// A line that is no JSON.
     Garbage,
-    /// The last events are sent again: so many of them.
+    /// Events from before the last one are sent again: so many of them.
     Repeat(usize),
     /// The next two events come in the wrong order.
     Swap,

@@ -111,7 +111,7 @@ pub(super) async fn run(cluster: Arc<Cluster>, subject: Subject, start: Start, w
                     match disturbance {
                         Disturbance::Swap => swap = true,
                         Disturbance::Repeat(count) => {
-                            let again = sent.iter().rev().take(count).rev().map(logged_line);
+                            let again = sent.iter().rev().skip(1).take(count).rev().map(logged_line);
                             if !writer.write(again.collect::<String>()).await {
                                 return;
                             }

@@ -53,12 +53,15 @@ pub(super) struct Known {
     objects: BTreeMap<Key, Seen>,
     /// Deleted objects with the versions of their deletions: what was changed before that is no news.
     gone: BTreeMap<Key, u64>,
+    /// Everything up to this version was sent, by the last list or bookmark: what comes of it again is no news.
+    sent: Version,
     listing: u32,
 }
 
 impl Known {
     pub(super) fn new(kind: Kind) -> Self {
-        Self { kind, hasher: RandomState::new(), objects: BTreeMap::new(), gone: BTreeMap::new(), listing: 0 }
+        let (objects, gone) = (BTreeMap::new(), BTreeMap::new());
+        Self { kind, hasher: RandomState::new(), objects, gone, sent: None, listing: 0 }
     }
 
     /// How many objects there are.
@@ -77,14 +80,15 @@ impl Known {
         self.put(item, news);
     }
 
-    /// The list was complete: what was not in it is gone.
-    pub(super) fn end_list(&mut self, news: &mut News) {
+    /// The list, of this version, was complete: what was not in it is gone.
+    pub(super) fn end_list(&mut self, at: Version, news: &mut News) {
         let listing = self.listing;
         let vanished = self.objects.extract_if(.., |_, seen| seen.listing != listing);
         for (key, seen) in vanished {
             tell_gone(key, &seen, news);
         }
         self.gone.clear();
+        self.sent = at;
     }
 
     /// An object was made or changed. What is older than what is known of it, or the same, is no news.
@@ -92,7 +96,7 @@ impl Known {
         let at = version(item.version());
         if let Some(key) = self.key(&item) {
             let known = self.objects.get(&key).and_then(|seen| seen.version);
-            if is_old(at, known) || is_old(at, self.gone.get(&key).copied()) {
+            if is_old(at, self.sent) || is_old(at, known) || is_old(at, self.gone.get(&key).copied()) {
                 return;
             }
             self.gone.remove(&key);
@@ -106,7 +110,7 @@ impl Known {
         let at = version(item.version());
         let known = self.objects.get(&key).and_then(|seen| seen.version);
         // One of the same version would be strange; to believe it loses less than to pass it over.
-        if at.is_some() && at < known {
+        if is_old(at, self.sent) || (at.is_some() && at < known) {
             return;
         }
         if let Some(at) = at {
@@ -131,6 +135,7 @@ impl Known {
     pub(super) fn sent_up_to(&mut self, at: Version) {
         if let Some(at) = at {
             self.gone.retain(|_, gone| *gone > at);
+            self.sent = Some(at);
         }
     }
 
@@ -278,6 +283,7 @@ mod tests {
         assert_eq!(known.gone.len(), 1, "something older may still come");
         known.sent_up_to(Some(9));
         assert_eq!(known.gone.len(), 0);
+        assert_eq!(told(|news| known.applied(pod("a", "8", "10.0.0.2"), news)), [""; 0], "it was sent");
     }
 
     #[test]
@@ -297,7 +303,7 @@ mod tests {
             told(|news| {
                 known.begin_list();
                 items.into_iter().for_each(|item| known.listed(item, news));
-                known.end_list(news);
+                known.end_list(None, news);
             })
         };
         let two = list(vec![pod("a", "5", "10.0.0.1"), pod("b", "6", "10.0.0.2")]);
@@ -312,7 +318,8 @@ mod tests {
         known.begin_list();
         known.listed(pod("d", "10", "10.0.0.5"), &mut News::default());
         assert_eq!(known.len(), 2);
-        assert_eq!(told(|news| known.end_list(news)), ["x/c gone"]);
+        assert_eq!(told(|news| known.end_list(Some(10), news)), ["x/c gone"]);
+        assert_eq!(told(|news| known.applied(pod("c", "9", "10.0.0.4"), news)), [""; 0], "before the list");
     }
 
     fn broken(name: &str, version: &str) -> Item {

@@ -149,7 +149,7 @@ impl Watch {
             true => self.pages(&mut news).await.map(|version| (version, None)),
             false => self.streamed_or_pages(&mut news).await,
         };
-        let (version, stream) = match outcome {
+        let (at, stream) = match outcome {
             Ok(listed) => listed,
             Err(end) => {
                 // What was read is true all the same.
@@ -157,10 +157,10 @@ impl Watch {
                 return Err(end);
             }
         };
-        self.known.end_list(&mut news);
+        self.known.end_list(version(Some(&at)), &mut news);
         self.tell(news).await?;
         info!(watch = name(self.kind), objects = self.known.len(), "listed");
-        self.version = Some(version);
+        self.version = Some(at);
         self.lists += 1;
         self.needs_pages = false;
         self.listed.send(Listed { kind: self.kind, wanted }).await.map_err(|_gone| End::Unheard)?;
