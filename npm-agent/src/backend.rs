@@ -42,10 +42,9 @@ pub trait Backend: Send {
     /// As [`Backend::apply`].
     fn verify(&mut self) -> Result<Applied, BackendError>;
 
-    /// What was written to the kernel since the last call, also by attempts that failed.
-    fn writes(&mut self) -> Vec<Write> {
-        Vec::new()
-    }
+    /// What was written to the kernel since the last call, also by attempts that failed: as much of it as is worth a
+    /// measurement of its own.
+    fn writes(&mut self) -> Vec<Write>;
 
     /// What the kernel's present state, read back and interpreted, does with a new forwarded flow.
     ///

@@ -2,12 +2,14 @@
 #![deny(unsafe_code)]
 
 pub mod backend;
+pub mod backoff;
 pub mod cli;
 pub mod config;
 pub mod conntrack;
 pub mod disturbance;
 pub mod escape;
 pub mod exec;
+pub mod http;
 pub mod interfaces;
 pub mod lock;
 pub mod logging;

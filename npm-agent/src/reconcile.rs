@@ -10,7 +10,8 @@
 //! queued when it comes back is one batch and at most one new goal, so a single event is programmed at once and a
 //! burst is merged while the kernel is busy with the one before.
 
-pub mod backoff;
+pub use crate::backoff;
+mod watches;
 pub mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,6 +24,7 @@ use npm_policy::world::Change;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
 
+use self::watches::Watches;
 use self::worker::{Target, Worker};
 use crate::escape::Board;
 use crate::metrics::Metrics;
@@ -88,6 +90,7 @@ pub struct Reconcile {
     workers: Vec<Worker>,
     sync: Sync,
     problems: BTreeMap<String, Vec<Problem>>,
+    watches: Watches,
     warnings: BTreeSet<Warning>,
     published: Option<Target>,
     /// The number of the newest refresh request, and of the newest that the source has been told of.
@@ -120,6 +123,7 @@ impl Reconcile {
             workers,
             sync: Sync::Waiting,
             problems: BTreeMap::new(),
+            watches: Watches::default(),
             warnings: BTreeSet::new(),
             published: None,
             asked: 0,
@@ -192,6 +196,7 @@ impl Reconcile {
                     self.journal.in_sync();
                     self.in_sync(completeness);
                 }
+                Event::Watch { name, state } => self.watches.note(name, state),
                 Event::Refreshed(number) => refreshed = refreshed.max(Some(number)),
             }
         }
@@ -349,6 +354,7 @@ impl Reconcile {
                     Sync::Waiting | Sync::Done => Vec::new(),
                 },
                 problems: problems.collect(),
+                watches: self.watches.status(),
             },
             warnings: self.warnings.iter().map(ToString::to_string).collect(),
             world: WorldStatus {

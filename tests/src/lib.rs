@@ -1,6 +1,8 @@
 //! The lab and what the tests share.
 
+pub mod apiserver;
 pub mod bench;
+pub mod chaos;
 pub mod exec;
 pub mod features;
 pub mod frames;

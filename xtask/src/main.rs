@@ -3,6 +3,7 @@
 
 mod bpf_linker;
 mod bpf_object;
+mod chaos;
 mod check;
 mod clean_lab;
 mod cli;

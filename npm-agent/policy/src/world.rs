@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::model::{Labels, Namespace, Pod, PodKey, PodNetwork, PodPhase, Policy, PolicyKey};
 
 /// One object as it is from now on; `None`: it is gone.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Change {
     /// A pod.
     Pod(PodKey, Option<Pod>),

@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::backoff::Backoff;
 use super::worker::{Timing, Worker};
 use super::{Ask, Channels, Ended, Freshness, Identity, Reconcile};
-use crate::backend::{Applied, Backend, BackendError, Degraded, Removed};
+use crate::backend::{Applied, Backend, BackendError, Degraded, Removed, Write};
 use crate::metrics::Metrics;
 use crate::source::{Completeness, Event};
 use crate::status::report::{BackendStatus, Status};
@@ -127,6 +127,10 @@ impl Backend for Fake {
         let applied = self.end()?;
         let drift = std::mem::take(&mut self.0.0.lock().unwrap().drift);
         Ok(Applied { set_writes: drift.len(), rule_writes: 0, drift, ..applied })
+    }
+
+    fn writes(&mut self) -> Vec<Write> {
+        Vec::new()
     }
 
     fn decide(&mut self, _: &Flow) -> Result<Decision, BackendError> {

@@ -11,7 +11,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use npm_agent::backend::{Applied, Backend, BackendError, Removed};
+use npm_agent::backend::{Applied, Backend, BackendError, Removed, Write};
 use npm_agent::config::value::{LogFormat, LogLevel};
 use npm_agent::logging;
 use npm_agent::reconcile::backoff::Backoff;
@@ -173,6 +173,10 @@ impl Backend for Panicking {
 
     fn verify(&mut self) -> Result<Applied, BackendError> {
         panic!("planted")
+    }
+
+    fn writes(&mut self) -> Vec<Write> {
+        Vec::new()
     }
 
     fn decide(&mut self, _: &Flow) -> Result<Decision, BackendError> {
