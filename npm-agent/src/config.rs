@@ -15,6 +15,7 @@ use std::time::Duration;
 use self::duration::parse_duration;
 use self::file::{File, Notice};
 use self::value::{BackendKind, ChainPlacement, IptablesVariant, LogFormat, LogLevel, SourceKind};
+use crate::interfaces::select::Selection;
 
 /// Where a config file is looked for when none is named: where Azure NPM's DaemonSet mounts its ConfigMap, then
 /// where Azure NPM itself looks (`npm/config/config.go`).
@@ -88,6 +89,18 @@ pub struct Flags {
     #[arg(long, env = "NPM_IPTABLES_VARIANT", value_name = "VARIANT")]
     pub iptables_variant: Option<IptablesVariant>,
 
+    /// Interfaces that the eBPF backend leaves alone: patterns of names, with commas between them
+    ///
+    /// `*`, `?` and `[abc]` as in file names: docker*,mgmt0. What leaves through them is judged by nobody. The loopback
+    /// is left alone in any case. (The iptables backend judges in FORWARD, whatever the interface.) [default: none]
+    #[arg(
+        long,
+        env = "NPM_EXCLUDE_INTERFACES",
+        value_name = "PATTERNS",
+        value_parser = value::parse_interfaces
+    )]
+    pub exclude_interfaces: Option<Selection>,
+
     /// How often to read back the kernel's state and repair what others changed
     ///
     /// A number with a unit: 500ms, 30s, 5m, 1h; at least 100ms. [default: 30s]
@@ -124,6 +137,8 @@ pub struct Settings {
     pub iptables_variant: IptablesVariant,
     /// Where the jump to our chains stands.
     pub placement: ChainPlacement,
+    /// Which interfaces need the eBPF program.
+    pub interfaces: Selection,
     /// The time between two read-backs.
     pub verify_interval: Duration,
     /// Which log records to write.
@@ -203,6 +218,7 @@ impl Settings {
             instance,
             iptables_variant: flags.iptables_variant.or(file.iptables_variant).unwrap_or_default(),
             placement: file.placement.unwrap_or_default(),
+            interfaces: flags.exclude_interfaces.or(file.interfaces).unwrap_or_default(),
             verify_interval: flags
                 .verify_interval
                 .or(file.verify_interval)

@@ -23,8 +23,9 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
 
 use self::worker::{Target, Worker};
+use crate::escape::Board;
 use crate::source::{Completeness, Event, Problem};
-use crate::status::report::{ObjectProblem, SourceStatus, Status, WorldStatus};
+use crate::status::report::{EscapeStatus, ObjectProblem, SourceStatus, Status, WorldStatus};
 
 /// How many events are taken in one go; more wait for the next. It bounds how long a question waits for its answer.
 const MAX_BATCH: usize = 1024;
@@ -90,6 +91,8 @@ pub struct Reconcile {
     asked: u64,
     sent: u64,
     waiting: Vec<(u64, oneshot::Sender<Status>)>,
+    /// Where it stands why traffic escapes judgement; it is told which addresses are to be protected.
+    board: Option<Board>,
 }
 
 /// Whether the source has sent everything that was there when it started.
@@ -117,7 +120,13 @@ impl Reconcile {
             asked: 0,
             sent: 0,
             waiting: Vec::new(),
+            board: None,
         }
+    }
+
+    /// The same with this board in its status.
+    pub fn with_board(self, board: Board) -> Self {
+        Self { board: Some(board), ..self }
     }
 
     /// Runs the loop on a thread of its own, which lasts until the source has gone or the process ends: compiling a
@@ -238,6 +247,9 @@ impl Reconcile {
             subjects = subjects.len(),
             "new goal"
         );
+        if let Some(board) = &self.board {
+            board.protect(subjects.values().flatten().copied().collect());
+        }
         let target = Target { generation, goal };
         for worker in self.workers.iter().filter(|worker| is_complete || !worker.inherits()) {
             worker.publish(target.clone());
@@ -322,6 +334,7 @@ impl Reconcile {
             },
             generation: published.map_or(0, |published| published.generation),
             backends: self.workers.iter().map(Worker::progress).collect(),
+            escapes: self.board.iter().flat_map(Board::current).map(EscapeStatus::from).collect(),
         }
     }
 }

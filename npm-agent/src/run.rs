@@ -15,6 +15,8 @@ use crate::backend::iptables::{Iptables, Options};
 use crate::config::file::PLACED_BEHIND;
 use crate::config::value::{BackendKind, ChainPlacement, IptablesVariant};
 use crate::config::{Flags, HostNames, Settings, Source};
+use crate::escape::{self, Board, Engine};
+use crate::exec::Tools;
 use crate::reconcile::backoff::Backoff;
 use crate::reconcile::worker::{Stopped, Timing, Worker};
 use crate::reconcile::{Channels, Identity, Reconcile};
@@ -74,6 +76,12 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
     let server = Server::bind(&settings.socket)?;
 
     let timing = Timing { verify_interval: settings.verify_interval, backoff: Backoff::default() };
+    let board = Board::new(match settings.backend {
+        BackendKind::Iptables => Engine::Iptables,
+    });
+    let board = board.context("making the list of what escapes judgement")?;
+    escape::start(board.clone(), settings.verify_interval, Tools::default())
+        .context("starting the thread that looks for what escapes judgement")?;
     let worker = Worker::start(backend, timing).context("starting the backend's thread")?;
     let (events, events_end) = mpsc::channel(MAX_EVENTS);
     let (refresh, refresh_end) = mpsc::channel(1);
@@ -85,6 +93,7 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
     };
     let channels = Channels { events: events_end, refresh, asks: asks_end };
     let ended = Reconcile::new(identity, vec![worker.clone()])
+        .with_board(board)
         .start(channels)
         .context("starting the reconcile thread")?;
     let source = match &settings.source {

@@ -92,7 +92,8 @@ pub struct Verdict {
 const VERDICT: u32 = 0x6e70_6d00;
 
 impl Verdict {
-    const FREE: Self = Self { ingress: Judgement::NotIsolated, egress: Judgement::NotIsolated };
+    /// Neither end is isolated.
+    pub const FREE: Self = Self { ingress: Judgement::NotIsolated, egress: Judgement::NotIsolated };
 
     /// Whether no direction denies.
     pub const fn allows(self) -> bool {
@@ -126,6 +127,7 @@ pub const fn unread(error: ParseError) -> u32 {
             ParseError::NotIp => 2,
             ParseError::BadHeader => 3,
             ParseError::TooManyExtensions => 4,
+            ParseError::TooManyTags => 5,
         }
 }
 

@@ -4,18 +4,33 @@
 //! It allocates nothing, every loop has a constant bound, and every read is checked by the [`Bytes`] it reads from; so
 //! the same code runs on a slice in user space and on a packet in the kernel. It knows nothing of what is allowed.
 
+mod headers;
+mod parse;
+
+pub use headers::{Headers, code, outcome};
+pub use parse::{MAX_OFFSET, Network, behind_ethernet, parse_ethernet, parse_network, read};
+
 use core::fmt;
 use core::net::{Ipv4Addr, Ipv6Addr};
 
 /// Where a packet's bytes come from.
 pub trait Bytes {
+    /// Copies the `N` bytes from `offset` on; `None` when not all of them are there, and `to` may then hold some.
+    fn copy<const N: usize>(&self, offset: usize, to: &mut [u8; N]) -> Option<()>;
+
     /// The `N` bytes from `offset` on, or `None` when not all of them are there.
-    fn array<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
+    #[inline(always)]
+    fn array<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        let mut array = [0; N];
+        self.copy(offset, &mut array)?;
+        Some(array)
+    }
 }
 
 impl Bytes for &[u8] {
-    fn array<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        self.get(offset..)?.first_chunk().copied()
+    fn copy<const N: usize>(&self, offset: usize, to: &mut [u8; N]) -> Option<()> {
+        *to = *self.get(offset..)?.first_chunk()?;
+        Some(())
     }
 }
 
@@ -36,6 +51,10 @@ pub const VLAN_LEN_BYTES: usize = 4;
 pub const IPV4_LEN_BYTES: usize = 20;
 /// The fixed IPv6 header (RFC 8200 §3).
 pub const IPV6_LEN_BYTES: usize = 40;
+/// The ports at the beginning of TCP, UDP and SCTP.
+const PORTS_LEN_BYTES: usize = 4;
+/// The shortest ICMPv6 message; what is shorter ip6tables can't match and drops (icmp6_match, net/ipv6/netfilter).
+const ICMPV6_LEN_BYTES: usize = 8;
 
 /// VLAN tags that are looked behind: a service tag and a customer tag.
 pub const MAX_VLAN_TAGS: usize = 2;
@@ -81,6 +100,20 @@ impl Protocol {
     #[inline(always)]
     pub const fn has_ports(self) -> bool {
         matches!(self, Self::TCP | Self::UDP | Self::SCTP)
+    }
+
+    /// Whether an IPv6 next header of this number is an extension header that Linux looks behind (`ipv6_ext_hdr`,
+    /// net/ipv6/exthdrs_core.c), and not the upper protocol.
+    #[inline(always)]
+    pub const fn is_extension(self) -> bool {
+        matches!(
+            self,
+            Self::HOP_BY_HOP
+                | Self::ROUTING
+                | Self::FRAGMENT
+                | Self::AUTHENTICATION
+                | Self::DESTINATION_OPTIONS
+        )
     }
 }
 
@@ -153,8 +186,22 @@ pub struct Packet {
     pub protocol: Protocol,
     /// `None` when the protocol has none, or the fragment does not carry them.
     pub ports: Option<Ports>,
+    /// The type of an ICMPv6 message; `None` when the protocol is another, or the fragment does not carry it.
+    pub icmpv6_type: Option<u8>,
     /// Whether it is a part of a packet.
     pub fragment: Fragment,
+}
+
+/// ICMPv6 types that no policy judges: multicast listener discovery (130-132, 143; RFC 2710, 3810) and neighbour
+/// discovery (133-137; RFC 4861). On a bridge they cross the node like any packet, without a connection.
+pub const NEIGHBOUR_TYPES: [u8; 9] = [130, 131, 132, 133, 134, 135, 136, 137, 143];
+
+impl Packet {
+    /// Whether it is one of [`NEIGHBOUR_TYPES`], so that no policy judges it.
+    #[inline(always)]
+    pub const fn is_neighbour_discovery(&self) -> bool {
+        headers::is_neighbour_discovery(self.icmpv6_type)
+    }
 }
 
 /// Why the headers can't be read.
@@ -164,6 +211,8 @@ pub enum ParseError {
     Truncated,
     /// Neither IPv4 nor IPv6.
     NotIp,
+    /// More than [`MAX_VLAN_TAGS`] VLAN tags: what is behind them may be IP.
+    TooManyTags,
     /// A header contradicts itself: version, header length, total length.
     BadHeader,
     /// More than [`MAX_EXTENSIONS`] IPv6 extension headers.
@@ -175,6 +224,7 @@ impl fmt::Display for ParseError {
         f.write_str(match self {
             Self::Truncated => "the packet ends before its headers do",
             Self::NotIp => "neither IPv4 nor IPv6",
+            Self::TooManyTags => "too many VLAN tags",
             Self::BadHeader => "a header contradicts itself",
             Self::TooManyExtensions => "too many IPv6 extension headers",
         })
@@ -182,195 +232,6 @@ impl fmt::Display for ParseError {
 }
 
 impl core::error::Error for ParseError {}
-
-/// Reads a packet that begins with an Ethernet header.
-///
-/// # Errors
-/// [`ParseError`]: what can't be read.
-#[inline(always)]
-pub fn parse_ethernet(bytes: &impl Bytes) -> Result<Packet, ParseError> {
-    let mut offset = ETHERNET_LEN_BYTES;
-    let mut ethertype = word(bytes, offset - 2)?;
-    for _ in 0..MAX_VLAN_TAGS {
-        if ethertype != ETHERTYPE_VLAN && ethertype != ETHERTYPE_SERVICE_VLAN {
-            break;
-        }
-        offset += VLAN_LEN_BYTES;
-        ethertype = word(bytes, offset - 2)?;
-    }
-    match ethertype {
-        ETHERTYPE_IPV4 => parse_ipv4(bytes, offset),
-        ETHERTYPE_IPV6 => parse_ipv6(bytes, offset),
-        _ => Err(ParseError::NotIp),
-    }
-}
-
-/// Reads a packet whose IP header begins at `offset`; its version says which IP.
-///
-/// # Errors
-/// [`ParseError`]: what can't be read.
-#[inline(always)]
-pub fn parse_ip(bytes: &impl Bytes, offset: usize) -> Result<Packet, ParseError> {
-    let [first] = bytes.array(offset).ok_or(ParseError::Truncated)?;
-    match first >> 4 {
-        4 => parse_ipv4(bytes, offset),
-        6 => parse_ipv6(bytes, offset),
-        _ => Err(ParseError::NotIp),
-    }
-}
-
-/// Reads a packet whose IPv4 header begins at `offset`.
-///
-/// # Errors
-/// [`ParseError`]: what can't be read.
-#[inline(always)]
-pub fn parse_ipv4(bytes: &impl Bytes, offset: usize) -> Result<Packet, ParseError> {
-    let [version_and_length, _] = bytes.array(offset).ok_or(ParseError::Truncated)?;
-    let header_len = usize::from(version_and_length & 0xf) * 4;
-    if version_and_length >> 4 != 4 || header_len < IPV4_LEN_BYTES {
-        return Err(ParseError::BadHeader);
-    }
-    let total_len = usize::from(word(bytes, offset + 2)?);
-    let fragment = word(bytes, offset + 6)?;
-    let [protocol] = bytes.array(offset + 9).ok_or(ParseError::Truncated)?;
-    let source: [u8; 4] = bytes.array(offset + 12).ok_or(ParseError::Truncated)?;
-    let destination: [u8; 4] = bytes.array(offset + 16).ok_or(ParseError::Truncated)?;
-
-    let fragment = match (fragment & IPV4_OFFSET, fragment & IPV4_MORE_FRAGMENTS) {
-        (0, 0) => Fragment::None,
-        (0, _) => Fragment::First,
-        _ => Fragment::Later,
-    };
-    let protocol = Protocol(protocol);
-    // 0 is what the kernel writes for aggregates of more than 64 KiB (BIG TCP): the length is elsewhere.
-    let payload_len = match total_len {
-        0 => None,
-        _ => Some(total_len.checked_sub(header_len).ok_or(ParseError::BadHeader)?),
-    };
-    Ok(Packet {
-        addresses: Addresses::V4 { source: source.into(), destination: destination.into() },
-        protocol,
-        ports: ports(bytes, Upper { offset: offset + header_len, len: payload_len, protocol, fragment })?,
-        fragment,
-    })
-}
-
-/// Reads a packet whose IPv6 header begins at `offset`.
-///
-/// # Errors
-/// [`ParseError`]: what can't be read.
-#[inline(always)]
-pub fn parse_ipv6(bytes: &impl Bytes, offset: usize) -> Result<Packet, ParseError> {
-    let [version, _] = bytes.array(offset).ok_or(ParseError::Truncated)?;
-    if version >> 4 != 6 {
-        return Err(ParseError::BadHeader);
-    }
-    let payload_len = usize::from(word(bytes, offset + 4)?);
-    let [next, _] = bytes.array(offset + 6).ok_or(ParseError::Truncated)?;
-    let source: [u8; 16] = bytes.array(offset + 8).ok_or(ParseError::Truncated)?;
-    let destination: [u8; 16] = bytes.array(offset + 24).ok_or(ParseError::Truncated)?;
-
-    let chain = follow_extensions(bytes, Protocol(next), offset + IPV6_LEN_BYTES)?;
-    // 0: a jumbogram (RFC 2675) or an aggregate of more than 64 KiB (BIG TCP): the length is elsewhere.
-    let len = match payload_len {
-        0 => None,
-        _ => {
-            let extensions_len = chain.offset - (offset + IPV6_LEN_BYTES);
-            Some(payload_len.checked_sub(extensions_len).ok_or(ParseError::BadHeader)?)
-        }
-    };
-    let Chain { protocol, offset, fragment } = chain;
-    Ok(Packet {
-        addresses: Addresses::V6 { source: source.into(), destination: destination.into() },
-        protocol,
-        ports: ports(bytes, Upper { offset, len, protocol, fragment })?,
-        fragment,
-    })
-}
-
-/// Where a chain of extension headers leads.
-struct Chain {
-    protocol: Protocol,
-    /// Of the header that `protocol` names.
-    offset: usize,
-    fragment: Fragment,
-}
-
-/// Follows the extension headers that Linux follows (`ipv6_ext_hdr`, net/ipv6/exthdrs_core.c), `next` at `offset`
-/// first. Stops at a fragment header of a later fragment: what follows is payload.
-#[inline(always)]
-fn follow_extensions(bytes: &impl Bytes, next: Protocol, offset: usize) -> Result<Chain, ParseError> {
-    let mut chain = Chain { protocol: next, offset, fragment: Fragment::None };
-    for _ in 0..MAX_EXTENSIONS {
-        let is_fragment = chain.protocol == Protocol::FRAGMENT;
-        let is_authentication = chain.protocol == Protocol::AUTHENTICATION;
-        let is_options = matches!(
-            chain.protocol,
-            Protocol::HOP_BY_HOP | Protocol::ROUTING | Protocol::DESTINATION_OPTIONS
-        );
-        if !(is_fragment || is_authentication || is_options) {
-            return Ok(chain);
-        }
-        let [next, len] = bytes.array(chain.offset).ok_or(ParseError::Truncated)?;
-        let len = usize::from(len);
-        if is_fragment {
-            let word = word(bytes, chain.offset + 2)?;
-            if word & IPV6_OFFSET != 0 {
-                chain.fragment = Fragment::Later;
-            } else if word & IPV6_MORE_FRAGMENTS != 0 {
-                chain.fragment = Fragment::First;
-            }
-        }
-        chain.offset += if is_fragment {
-            8
-        } else if is_authentication {
-            // RFC 4302 §2.2: in units of 4 bytes, minus 2.
-            (len + 2) * 4
-        } else {
-            // RFC 8200 §4: in units of 8 bytes, without the first.
-            (len + 1) * 8
-        };
-        chain.protocol = Protocol(next);
-        if chain.fragment == Fragment::Later {
-            return Ok(chain);
-        }
-    }
-    match chain.protocol {
-        Protocol::HOP_BY_HOP
-        | Protocol::ROUTING
-        | Protocol::FRAGMENT
-        | Protocol::AUTHENTICATION
-        | Protocol::DESTINATION_OPTIONS => Err(ParseError::TooManyExtensions),
-        _ => Ok(chain),
-    }
-}
-
-/// The upper header and what is known of it.
-struct Upper {
-    offset: usize,
-    /// Bytes from `offset` on that the IP header counts; `None` when it does not say.
-    len: Option<usize>,
-    protocol: Protocol,
-    fragment: Fragment,
-}
-
-#[inline(always)]
-fn ports(bytes: &impl Bytes, upper: Upper) -> Result<Option<Ports>, ParseError> {
-    if !upper.protocol.has_ports() || upper.fragment == Fragment::Later {
-        return Ok(None);
-    }
-    // Bytes past the IP packet's end are padding, not ports.
-    if upper.len.is_some_and(|len| len < 4) {
-        return Err(ParseError::BadHeader);
-    }
-    let [a, b, c, d] = bytes.array(upper.offset).ok_or(ParseError::Truncated)?;
-    Ok(Some(Ports { source: u16::from_be_bytes([a, b]), destination: u16::from_be_bytes([c, d]) }))
-}
-
-#[inline(always)]
-fn word(bytes: &impl Bytes, offset: usize) -> Result<u16, ParseError> {
-    bytes.array(offset).map(u16::from_be_bytes).ok_or(ParseError::Truncated)
-}
 
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,6 @@
 //! The observer's counters: which slot of the kernel's array a packet is counted in, and what a slot holds.
 
-use crate::packet::{Family, Fragment, Packet, ParseError, Protocol};
+use crate::packet::{Family, Fragment, Headers, ParseError, Protocol};
 
 /// What a packet is counted as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,11 +53,14 @@ pub enum Unread {
     BadHeader,
     /// [`ParseError::TooManyExtensions`].
     TooManyExtensions,
+    /// [`ParseError::TooManyTags`].
+    TooManyTags,
 }
 
 const KINDS: [Kind; 5] = [Kind::Tcp, Kind::Udp, Kind::Sctp, Kind::Icmp, Kind::Other];
 const PARTS: [Part; 2] = [Part::WithHeader, Part::Later];
-const UNREAD: [Unread; 4] = [Unread::Truncated, Unread::NotIp, Unread::BadHeader, Unread::TooManyExtensions];
+const UNREAD: [Unread; 5] =
+    [Unread::Truncated, Unread::NotIp, Unread::BadHeader, Unread::TooManyExtensions, Unread::TooManyTags];
 
 /// Slots of the array.
 pub const SLOTS: u32 = (2 * KINDS.len() * PARTS.len() + UNREAD.len()) as u32;
@@ -65,18 +68,18 @@ pub const SLOTS: u32 = (2 * KINDS.len() * PARTS.len() + UNREAD.len()) as u32;
 impl Class {
     /// The class of what the parser gave.
     #[inline(always)]
-    pub fn of(parsed: &Result<Packet, ParseError>) -> Self {
+    pub fn of(parsed: Result<&Headers, &ParseError>) -> Self {
         match parsed {
-            Ok(packet) => {
-                let family = packet.addresses.family();
-                let kind = match (family, packet.protocol) {
+            Ok(headers) => {
+                let family = headers.family();
+                let kind = match (family, headers.protocol()) {
                     (_, Protocol::TCP) => Kind::Tcp,
                     (_, Protocol::UDP) => Kind::Udp,
                     (_, Protocol::SCTP) => Kind::Sctp,
                     (Family::V4, Protocol::ICMP) | (Family::V6, Protocol::ICMPV6) => Kind::Icmp,
                     (Family::V4 | Family::V6, _) => Kind::Other,
                 };
-                let part = match packet.fragment {
+                let part = match headers.fragment() {
                     Fragment::None | Fragment::First => Part::WithHeader,
                     Fragment::Later => Part::Later,
                 };
@@ -86,6 +89,7 @@ impl Class {
             Err(ParseError::NotIp) => Self::Unread(Unread::NotIp),
             Err(ParseError::BadHeader) => Self::Unread(Unread::BadHeader),
             Err(ParseError::TooManyExtensions) => Self::Unread(Unread::TooManyExtensions),
+            Err(ParseError::TooManyTags) => Self::Unread(Unread::TooManyTags),
         }
     }
 
@@ -144,14 +148,11 @@ mod tests {
 
     #[test]
     fn icmp_of_the_other_family_is_not_icmp() {
-        use crate::packet::{Addresses, Packet};
-        let packet = Packet {
-            addresses: Addresses::V6 { source: [0; 16].into(), destination: [0; 16].into() },
-            protocol: Protocol::ICMP,
-            ports: None,
-            fragment: Fragment::Later,
-        };
-        let expected = Class::Read { family: Family::V6, kind: Kind::Other, part: Part::Later };
-        assert_eq!(Class::of(&Ok(packet)), expected);
+        use crate::packet::{ETHERTYPE_IPV6, Network, parse_network};
+        let mut packet = [0; 40];
+        (packet[0], packet[6]) = (0x60, Protocol::ICMP.0);
+        let headers = parse_network(&packet.as_slice(), Network { ethertype: ETHERTYPE_IPV6, offset: 0 });
+        let expected = Class::Read { family: Family::V6, kind: Kind::Other, part: Part::WithHeader };
+        assert_eq!(Class::of(headers.as_ref()), expected);
     }
 }

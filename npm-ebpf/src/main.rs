@@ -3,10 +3,12 @@
 //! - `observe` counts what would reach judgement, and judges nothing: it reads every packet that passes with the parser
 //!   that user space tests (npm_common::packet) and counts it by family, protocol and how far it could be read.
 //!   Whatever it sees, the packet goes on to whatever program is next.
+//! - `read_ethernet` and `read_network` say what was read of a packet's headers: tests run them.
 //! - `verdict` says what the maps say of a packet's headers. It is run by BPF_PROG_TEST_RUN and never attached: what it
 //!   returns is a code of npm_common::decide and no action.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 #![expect(missing_docs, reason = "the classifier macro makes a public function of its own")]
 
 mod maps;
@@ -16,12 +18,12 @@ use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
-use npm_common::decide::{Flow, decide, port_of, unread};
-use npm_common::packet::{Addresses, parse_ethernet};
+use npm_common::decide::{Flow, Verdict, decide, unread};
+use npm_common::packet::{Family, Headers, code};
 use npm_common::tally::{Class, Count, SLOTS};
 
 use maps::{Ipv4, Ipv6};
-use skb::SkbBytes;
+use skb::{Start, read_into};
 
 /// One count for each [`Class`], at its slot.
 #[map]
@@ -30,7 +32,9 @@ static TALLY: PerCpuArray<Count> = PerCpuArray::with_max_entries(SLOTS, 0);
 /// Counts the packet and lets the next program decide.
 #[classifier]
 pub fn observe(context: TcContext) -> i32 {
-    let class = Class::of(&parse_ethernet(&SkbBytes { context: &context }));
+    let mut headers = Headers::default();
+    let outcome = read_into(&context, Start::Ethernet, &mut headers);
+    let class = Class::of(outcome.as_ref().map(|()| &headers));
     if let Some(count) = TALLY.get_ptr_mut(class.slot()) {
         // SAFETY: the kernel gave the pointer to this CPU's value, and no other program of this CPU runs meanwhile.
         let count = unsafe { &mut *count };
@@ -40,19 +44,41 @@ pub fn observe(context: TcContext) -> i32 {
     TC_ACT_UNSPEC
 }
 
+/// What is read from the packet's first byte on, as a number: tests compare it with what user space reads.
+#[classifier]
+pub fn read_ethernet(context: TcContext) -> i32 {
+    digest(&context, Start::Ethernet)
+}
+
+/// What is read from the packet's network header on, as a number.
+#[classifier]
+pub fn read_network(context: TcContext) -> i32 {
+    digest(&context, Start::Network)
+}
+
+#[inline(always)]
+fn digest(context: &TcContext, start: Start) -> i32 {
+    let mut headers = Headers::default();
+    let code = code(read_into(context, start, &mut headers));
+    headers.digest().wrapping_add(code) as i32
+}
+
 /// The code of what the maps say of the packet, taken for the first of a connection.
 #[classifier]
 pub fn verdict(context: TcContext) -> i32 {
-    let code = match parse_ethernet(&SkbBytes { context: &context }) {
-        Ok(packet) => {
-            let port = port_of(&packet);
-            match packet.addresses {
-                Addresses::V4 { source, destination } => {
-                    let (source, destination) = (source.octets(), destination.octets());
+    let mut headers = Headers::default();
+    let code = match read_into(&context, Start::Ethernet, &mut headers) {
+        // No policy judges it.
+        Ok(()) if headers.is_neighbour_discovery() => Verdict::FREE.code(),
+        Ok(()) => {
+            let port = headers.port();
+            match headers.family() {
+                Family::V4 => {
+                    let (source, destination) = headers.v4();
                     decide(&Ipv4, &Flow { source, destination, port }).code()
                 }
-                Addresses::V6 { source, destination } => {
-                    let (source, destination) = (source.octets(), destination.octets());
+                Family::V6 => {
+                    let (source, destination) = headers.v6();
                     decide(&Ipv6, &Flow { source, destination, port }).code()
                 }
             }

@@ -6,7 +6,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{ErrorKind, Write};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::SigSet;
@@ -71,19 +71,14 @@ pub fn start<A: AsRef<OsStr>>(program: &str, args: &[A], log: &File) -> Result<C
     child.with_context(|| format!("starting {program}"))
 }
 
-/// Starts a program that lives on and takes lines of input, its outputs thrown away.
+/// Starts a program that lives on, takes lines of input and answers them; what it says of errors is thrown away.
 ///
 /// # Errors
 /// It could not be started.
-pub fn start_interactive<A: AsRef<OsStr>>(program: &str, args: &[A]) -> Result<(Child, ChildStdin)> {
-    let mut child = command(program, args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .with_context(|| format!("starting {program}"))?;
-    let stdin = child.stdin.take().expect("standard input is piped");
-    Ok((child, stdin))
+pub fn start_interactive<A: AsRef<OsStr>>(program: &str, args: &[A]) -> Result<Child> {
+    let mut command = command(program, args);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    command.spawn().with_context(|| format!("starting {program}"))
 }
 
 /// Lets the calling thread run before all ordinary ones (SCHED_FIFO): one that must be on time on a busy machine. What

@@ -2,10 +2,13 @@
 
 pub mod exec;
 pub mod features;
+pub mod frames;
 pub mod kubernetes;
 pub mod lab;
 pub mod opinions;
+pub mod programs;
 pub mod property;
 pub mod random;
 pub mod scenario;
+pub mod sequence;
 pub mod table;

@@ -16,6 +16,7 @@ use npm_policy::world::{Change, World};
 use npm_tests::features::FEATURES;
 use npm_tests::opinions::{compiled, everybody_has_a_node, goals, rendered};
 use npm_tests::random::{NODES, crowd, flows, sequence, world, world_of};
+use npm_tests::sequence::{forms, gone};
 use npm_tests::{property, regressions};
 use proptest::prelude::*;
 
@@ -157,62 +158,22 @@ fn incremental_equals_full_after_every_change() {
 #[test]
 fn the_goal_depends_on_the_world_only() {
     check("path independence", 400, sequence(1..50), |changes| {
-        let mut direct = Compiler::new(NODES[0]);
-        direct.apply(changes.clone());
-        // The last change of each object is all that counts.
-        let mut last: Vec<Change> = Vec::new();
-        for change in &changes {
-            last.retain(|earlier| !same_object(earlier, change));
-            last.push(change.clone());
-        }
-        let mut reversed = Compiler::new(NODES[0]);
-        reversed.apply(last.iter().rev().cloned());
-        let mut with_empties = Compiler::new(NODES[0]);
-        for change in &changes {
-            with_empties.apply([gone(change), change.clone()]);
-        }
         let mut emptied = Compiler::new(NODES[0]);
         emptied.apply(changes.clone());
         emptied.apply(changes.iter().map(gone));
         prop_assert_eq!(&emptied.goal(), &Goal::default(), "an emptied world leaves something");
-        emptied.apply(changes.clone());
-        let mut twice = Compiler::new(NODES[0]);
-        for change in &changes {
-            twice.apply([change.clone(), change.clone()]);
-        }
-        let mut split = Compiler::new(NODES[0]);
-        let kind = |change: &Change| match change {
-            Change::Policy(..) => 0,
-            Change::Namespace(..) => 1,
-            Change::Pod(..) => 2,
-        };
-        for wanted in 0..3 {
-            split.apply(changes.iter().filter(|change| kind(change) == wanted).cloned());
-        }
-        for (name, other) in [
-            ("reversed and squashed", reversed),
-            ("with empties between", with_empties),
-            ("emptied and filled again", emptied),
-            ("everything twice", twice),
-            ("split by kind", split),
-        ] {
+        let mut ends = forms(&changes).into_iter().map(|(name, batches)| {
+            let mut compiler = Compiler::new(NODES[0]);
+            batches.into_iter().for_each(|batch| compiler.apply(batch));
+            (name, compiler)
+        });
+        let (_, direct) = ends.next().expect("the sequence itself");
+        for (name, other) in ends {
             prop_assert_eq!(&direct.goal(), &other.goal(), "{}", name);
             prop_assert_eq!(direct.warnings(), other.warnings(), "{}", name);
         }
         Ok(())
     });
-}
-
-fn same_object(one: &Change, other: &Change) -> bool {
-    gone(one) == gone(other)
-}
-
-fn gone(change: &Change) -> Change {
-    match change {
-        Change::Pod(key, _) => Change::Pod(key.clone(), None),
-        Change::Namespace(name, _) => Change::Namespace(name.clone(), None),
-        Change::Policy(key, _) => Change::Policy(key.clone(), None),
-    }
 }
 
 #[test]

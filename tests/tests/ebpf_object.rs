@@ -18,11 +18,9 @@ use aya::programs::{LinkOrder, SchedClassifier, TcAttachType, TestRun, TestRunOp
 use aya::util::KernelVersion;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use npm_common::packet::{
-    ETHERNET_LEN_BYTES, ETHERTYPE_SERVICE_VLAN, ETHERTYPE_VLAN, Family, IPV4_LEN_BYTES, IPV6_LEN_BYTES,
-    MAX_EXTENSIONS, parse_ethernet,
-};
+use npm_common::packet::{Family, parse_ethernet};
 use npm_common::tally::{Class, Count, Kind, Part, SLOTS};
+use npm_tests::frames::{Dice, frame, takes};
 
 /// What a TC program returns to let the next one decide (include/uapi/linux/pkt_cls.h).
 const TC_ACT_UNSPEC: u32 = u32::MAX;
@@ -156,28 +154,6 @@ fn counts_live_traffic(attach: impl FnOnce(&mut SchedClassifier) -> Result<()> +
     })
 }
 
-/// What the verifier went through, most of it in the parser; a tenth more than at the last look is room enough.
-#[test]
-fn the_verifiers_work_does_not_grow() -> Result<()> {
-    if !is_root() {
-        return Ok(());
-    }
-    let mut observer = Observer::load()?;
-    for (name, most) in [("observe", 52_500), ("verdict", 59_500)] {
-        let program: &mut SchedClassifier =
-            observer.ebpf.program_mut(name).context("finding the program")?.try_into()?;
-        // The observer's is loaded already.
-        if name != "observe" {
-            program.load().with_context(|| format!("passing the verifier: {name}"))?;
-        }
-        let verified =
-            program.info()?.verified_instruction_count().context("the kernel counts since 5.16")?;
-        println!("{name}: {verified} instructions verified");
-        ensure!(verified <= most, "{name}: the verifier followed {verified} instructions, more than {most}");
-    }
-    Ok(())
-}
-
 #[test]
 fn counts_live_traffic_attached_by_tcx() -> Result<()> {
     if !is_root() || KernelVersion::current()? < KernelVersion::new(6, 6, 0) {
@@ -203,103 +179,6 @@ fn counts_live_traffic_attached_by_clsact() -> Result<()> {
     })
 }
 
-/// A small generator, so that a failure can be repeated from its number (xorshift64*).
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % sides
-    }
-
-    fn one_in(&mut self, sides: usize) -> bool {
-        self.roll(sides) == 0
-    }
-
-    fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.roll(choices.len())]
-    }
-}
-
-/// A frame that is mostly right: tags, options, fragments, chains of extension headers, sometimes cut or damaged.
-fn frame(dice: &mut Dice) -> Vec<u8> {
-    let mut frame = vec![2; 12];
-    for _ in 0..dice.pick(&[0, 0, 0, 1, 2, 3]) {
-        let tag = dice.pick(&[ETHERTYPE_VLAN, ETHERTYPE_SERVICE_VLAN]);
-        frame.extend(tag.to_be_bytes());
-        frame.extend([0, 7]);
-    }
-    let protocol: u8 = dice.pick(&[6, 17, 132, 1, 58, 47]);
-    let payload = dice.roll(60);
-    match dice.pick(&[4, 6, 4, 6, 4, 6, 0]) {
-        4 => {
-            frame.extend([0x08, 0x00]);
-            let options = dice.pick(&[0, 0, 4, 40]);
-            let total = dice.pick(&[20 + options + payload, 20 + options + payload, 0]) as u16;
-            let fragment: u16 = dice.pick(&[0, 0, 0x4000, 0x2000, 0x2005, 0x0005]);
-            frame.push(0x45 + (options / 4) as u8);
-            frame.push(0);
-            frame.extend(total.to_be_bytes());
-            frame.extend([0, 1]);
-            frame.extend(fragment.to_be_bytes());
-            frame.extend([64, protocol, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
-            frame.extend(vec![1; options]);
-        }
-        6 => {
-            frame.extend([0x86, 0xdd]);
-            let mut chain: Vec<u8> = Vec::new();
-            let count = dice.pick(&[0, 0, 1, 2, 3, MAX_EXTENSIONS, MAX_EXTENSIONS + 1]);
-            let kinds: Vec<u8> = (0..count).map(|_| dice.pick(&[0, 43, 44, 51, 60])).collect();
-            for (index, kind) in kinds.iter().enumerate() {
-                let next = kinds.get(index + 1).copied().unwrap_or(protocol);
-                let length = dice.pick(&[0_u8, 1, 2]);
-                let size = match kind {
-                    44 => 8,
-                    51 => (usize::from(length) + 2) * 4,
-                    _ => (usize::from(length) + 1) * 8,
-                };
-                let mut header = vec![0; size];
-                header[0] = next;
-                header[1] = length;
-                if *kind == 44 {
-                    let word: u16 = dice.pick(&[0, 1, 0x0048, 0x0049]);
-                    header[2..4].copy_from_slice(&word.to_be_bytes());
-                }
-                chain.extend(header);
-            }
-            frame.extend([0x60, 0, 0, 0]);
-            frame
-                .extend((dice.pick(&[chain.len() + payload, chain.len() + payload, 0]) as u16).to_be_bytes());
-            frame.extend([kinds.first().copied().unwrap_or(protocol), 64]);
-            frame.extend([0xfd; 32]);
-            frame.extend(chain);
-        }
-        _ => frame.extend([0x08, 0x06]),
-    }
-    frame.extend((0..payload).map(|byte| byte as u8));
-    if dice.one_in(4) {
-        frame.truncate(14 + dice.roll(frame.len()));
-    }
-    if dice.one_in(6) {
-        let place = dice.roll(frame.len());
-        frame[place] ^= 1 << dice.roll(8);
-    }
-    frame
-}
-
-/// Whether the kernel's test run takes the frame: it refuses one that ends with or in its Ethernet header, and from
-/// Linux 6.18 on one that ends in an IP header right behind that (EINVAL; net/bpf/test_run.c).
-fn takes(frame: &[u8]) -> bool {
-    let least = match frame.get(12..14) {
-        Some([0x08, 0x00]) => ETHERNET_LEN_BYTES + IPV4_LEN_BYTES,
-        Some([0x86, 0xdd]) => ETHERNET_LEN_BYTES + IPV6_LEN_BYTES,
-        Some(_) | None => ETHERNET_LEN_BYTES + 1,
-    };
-    frame.len() >= least
-}
-
 #[test]
 fn reads_headers_as_user_space_does() -> Result<()> {
     if !is_root() {
@@ -322,7 +201,7 @@ fn reads_headers_as_user_space_does() -> Result<()> {
         let result =
             observer.program()?.test_run(options).with_context(|| format!("running {frame:02x?}"))?;
         ensure!(result.return_value == TC_ACT_UNSPEC, "{frame:02x?}: returned {}", result.return_value);
-        let class = Class::of(&parse_ethernet(&frame.as_slice()));
+        let class = Class::of(parse_ethernet(&frame.as_slice()).as_ref());
         let slot = &mut expected[class.slot() as usize];
         slot.packets += 1;
         slot.bytes += frame.len() as u64;

@@ -18,7 +18,7 @@ use npm_policy::goal::{
     Clause, Expression, Family, Goal, Member, PeerMatch, PortMatch, Program, Set, SetKey,
 };
 use npm_policy::model::{NamespaceScope, PodKey, PolicyKey, Selector};
-use npm_tests::random::{NODES, flows, sequence, world, world_of};
+use npm_tests::random::{NODES, flows, world, world_of};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
@@ -26,6 +26,8 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 mod failures;
 #[path = "iptables_kernel/neighbours.rs"]
 mod neighbours;
+#[path = "iptables_kernel/sequences.rs"]
+mod sequences;
 
 /// Runs `test` for both variants, each in a fresh network namespace.
 fn in_namespace(test: fn(Variant)) {
@@ -122,32 +124,6 @@ fn what_is_applied_is_what_is_read_and_stays() {
         let world = world_of(random(&world(), 3));
         for flow in flows(&world, 40, 1) {
             assert_eq!(restarted.decide(&flow).unwrap(), goal.verdict(&flow).decision(), "{flow}");
-        }
-    });
-}
-
-#[test]
-fn random_goals_one_after_another() {
-    in_namespace(|variant| {
-        let mut backend = backend(variant);
-        for seed in 0..25 {
-            let goal = random_goal(seed);
-            let applied = backend.apply(&goal).unwrap();
-            assert_eq!((applied.drift, applied.degraded), (vec![], vec![]));
-            assert_holds(&backend, &goal);
-        }
-        // And small changes, the likes of which a cluster makes.
-        let mut changes = random(&world(), 7);
-        for change in random(&sequence(40..41), 8) {
-            changes.push(change);
-            let goal = compile(&world_of(changes.clone()), NODES[0]).0;
-            backend.apply(&goal).unwrap();
-            assert_holds(&backend, &goal);
-        }
-        let (one, two) = (random_goal(1), random_goal(2));
-        for goal in [&one, &two, &one, &Goal::default(), &two] {
-            backend.apply(goal).unwrap();
-            assert_holds(&backend, goal);
         }
     });
 }
@@ -339,6 +315,25 @@ fn azure_npm_is_taken_over_in_either_variant() {
     });
 }
 
+/// What Azure NPM enforces, in either variant, is not touched before the first apply: the source may not be whole yet.
+#[test]
+fn azure_npm_stays_until_it_is_taken_over() {
+    in_namespace(|variant| {
+        for old in Variant::BOTH {
+            shell(&format!("ipt={}{AZURE}", old.command(Family::V4)));
+            let before = everything();
+            let mut heir = backend(variant);
+            assert!(heir.inherits(), "{old:?}");
+            assert_eq!(heir.verify().unwrap(), Applied::default(), "{old:?}");
+            assert_eq!(everything(), before, "{old:?}");
+            heir.apply(&rich_goal()).unwrap();
+            assert_holds(&heir, &rich_goal());
+            heir.remove().unwrap();
+            assert!(!backend(variant).inherits(), "{old:?}");
+        }
+    });
+}
+
 #[test]
 fn removal_leaves_what_is_not_ours() {
     in_namespace(|variant| {
@@ -397,6 +392,48 @@ fn sets_that_others_hold_are_left() {
         assert_eq!(backend.verify().unwrap(), Applied::default());
         backend.apply(&goal).unwrap();
         assert_holds(&backend, &goal);
+    });
+}
+
+/// Such a set can be neither used nor replaced: its policies are enforced through another.
+#[test]
+fn a_set_that_others_hold_under_the_wrong_kind_blocks_nothing() {
+    in_namespace(|variant| {
+        let goal = rich_goal();
+        let rendered = Rendered::of(&goal);
+        let set = rendered.v4.sets.keys().next().unwrap();
+        let command = variant.command(Family::V4);
+        let world = world_of(random(&world(), 3));
+        let agrees = |backend: &mut Iptables| {
+            for flow in flows(&world, 40, 1) {
+                assert_eq!(backend.decide(&flow).unwrap(), goal.verdict(&flow).decision(), "{flow}");
+            }
+        };
+        for chain in ["INPUT", "FORWARD"] {
+            shell(&format!(
+                "ipset create {set} bitmap:port range 1-9; {command} -A {chain} -m set --match-set {set} dst -j ACCEPT"
+            ));
+            let mut backend = backend(variant);
+            let applied = backend.apply(&goal).unwrap();
+            assert_eq!((applied.drift, applied.degraded), (vec![], vec![]), "{chain}");
+            agrees(&mut backend);
+            assert_eq!(backend.verify().unwrap(), Applied::default(), "{chain}: what is there stays");
+            assert_eq!(backend.apply(&goal).unwrap(), Applied::default(), "{chain}");
+            backend.apply(&Goal::default()).unwrap();
+            backend.apply(&goal).unwrap();
+            agrees(&mut backend);
+            // When they let go the set gets its name back.
+            shell(&format!("{command} -F {chain}"));
+            let is_as_rendered = || {
+                backend.apply(&Goal::default()).unwrap();
+                backend.apply(&goal).unwrap();
+                backend.read().unwrap()[&Family::V4].sets == rendered.v4.sets
+            };
+            // The kernel lets go of a set some time after the rule that named it.
+            assert!(std::iter::repeat_with(is_as_rendered).take(50).any(|good| good), "{chain}");
+            assert_holds(&backend, &goal);
+            backend.remove().unwrap();
+        }
     });
 }
 

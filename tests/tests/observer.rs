@@ -1,7 +1,8 @@
 //! The observer of updates: it sees gaps and openings of a millisecond, and nothing where there is none.
 
-use std::io::Write;
-use std::process::ChildStdin;
+use std::io::{Read, Write};
+use std::process::Child;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -15,6 +16,7 @@ use npm_tests::lab::{Host, Lab, Spec, require_root};
 
 const RATE: u32 = 6000;
 const PLANTED: Duration = Duration::from_millis(1);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn lab() -> Result<Lab> {
     let host = |name: &str, v4: &str, v6: &str| -> Result<Host> {
@@ -39,18 +41,22 @@ fn end(lab: &Lab, name: &str, family: Family) -> Result<End> {
     Ok(End { netns: endpoint.netns.clone(), address })
 }
 
+/// Six senders at once are more than two cores can do.
+static ONE_PAIR: Mutex<()> = Mutex::new(());
+
 /// Both ways between the pods while `meanwhile` runs.
 fn observe(
     lab: &Lab,
     family: Family,
     protocol: Protocol,
-    meanwhile: impl FnOnce() -> Result<()>,
+    meanwhile: impl FnOnce(&[Observer; 2]) -> Result<()>,
 ) -> Result<[Trace; 2]> {
+    let _alone = ONE_PAIR.lock().unwrap_or_else(PoisonError::into_inner);
     let (a, b) = (end(lab, "a", family)?, end(lab, "b", family)?);
     let stream =
         |from: &End, to: &End| Stream { from: from.clone(), to: to.clone(), protocol, port: 80, rate: RATE };
     let streams = [Observer::start(stream(&a, &b))?, Observer::start(stream(&b, &a))?];
-    meanwhile()?;
+    meanwhile(&streams)?;
     let [there, back] = streams.map(Observer::stop);
     Ok([there?, back?])
 }
@@ -67,9 +73,15 @@ fn nothing_is_lost_where_nothing_filters() -> Result<()> {
         lab.netns("node")?.exec(&Dialect::Nft.program(family, ""), &rule)?;
     }
     // The first run is long enough for all source ports to come round.
-    for (family, protocol, seconds) in [(Family::V4, Protocol::Udp, 12), (Family::V6, Protocol::Tcp, 3)] {
-        let traces = observe(&lab, family, protocol, || {
-            std::thread::sleep(Duration::from_secs(seconds));
+    for (family, protocol, least) in
+        [(Family::V4, Protocol::Udp, 70_000), (Family::V6, Protocol::Tcp, 18_000)]
+    {
+        let traces = observe(&lab, family, protocol, |streams| {
+            let start = Instant::now();
+            while streams.iter().any(|stream| stream.view().sent() < least) {
+                anyhow::ensure!(start.elapsed() < PATIENCE, "too slow: {:?}", streams[0].view());
+                std::thread::sleep(Duration::from_millis(50));
+            }
             Ok(())
         })?;
         let mut sent = 0;
@@ -82,8 +94,6 @@ fn nothing_is_lost_where_nothing_filters() -> Result<()> {
                 trace.longest_pause()
             );
             assert_eq!(trace.count(Which::Lost), 0);
-            assert!(trace.rate() >= 5000.0, "{}", trace.rate());
-            assert!(trace.sent.len() > if seconds == 12 { 64512 } else { 0 });
         }
         assert_eq!(counted(&lab, family, "--ctstate NEW")?, sent, "every packet begins a new flow");
     }
@@ -100,10 +110,16 @@ fn counted(lab: &Lab, family: Family, rule: &str) -> Result<u64> {
 
 /// A set that takes and loses its only member at once, by an `ipset` that is already running.
 struct Toggle {
-    ipset: std::process::Child,
-    commands: ChildStdin,
+    ipset: Child,
     name: &'static str,
     member: &'static str,
+}
+
+/// A change that lasted at least as long as `held` and at most as long as `whole`.
+#[derive(Debug)]
+struct Planted {
+    whole: [Instant; 2],
+    held: [Instant; 2],
 }
 
 impl Toggle {
@@ -114,27 +130,42 @@ impl Toggle {
         };
         let node = lab.netns("node")?;
         node.exec("ipset", &["create", name, "hash:ip", "family", kind])?;
-        let (ipset, commands) = node.run(|| {
-            // As the senders: on a busy machine add and delete would meet in one time slice.
+        let mut ipset = node.run(|| {
+            // As the senders: on a busy machine it would not be on time.
             exec::run_first()?;
-            exec::start_interactive("ipset", &["-"])
+            // Unbuffered, its prompt tells that the command before it is done.
+            exec::start_interactive("stdbuf", &["--output=0", "ipset", "-"])
         })?;
-        Ok(Self { ipset, commands, name, member })
+        prompt(&mut ipset)?;
+        Ok(Self { ipset, name, member })
     }
 
-    /// Puts the member in for about a millisecond, and tells how long it took all in all.
-    fn blink(&mut self) -> Result<Duration> {
-        let start = Instant::now();
-        writeln!(self.commands, "add {} {}", self.name, self.member)?;
-        self.commands.flush()?;
-        let shut = Instant::now() + PLANTED;
-        while Instant::now() < shut {
+    /// Puts the member in for a millisecond.
+    fn blink(&mut self) -> Result<Planted> {
+        let begin = Instant::now();
+        self.order("add")?;
+        let there = Instant::now();
+        while there.elapsed() < PLANTED {
             std::hint::spin_loop();
         }
-        writeln!(self.commands, "del {} {}", self.name, self.member)?;
-        self.commands.flush()?;
-        Ok(start.elapsed())
+        let go = Instant::now();
+        self.order("del")?;
+        Ok(Planted { whole: [begin, Instant::now()], held: [there, go] })
     }
+
+    fn order(&mut self, command: &str) -> Result<()> {
+        let commands = self.ipset.stdin.as_mut().context("its input is piped")?;
+        writeln!(commands, "{command} {} {}", self.name, self.member)?;
+        prompt(&mut self.ipset)
+    }
+}
+
+/// Waits until it asks for the next command.
+fn prompt(ipset: &mut Child) -> Result<()> {
+    let mut prompt = [0; "ipset> ".len()];
+    ipset.stdout.as_mut().context("its output is piped")?.read_exact(&mut prompt)?;
+    anyhow::ensure!(&prompt == b"ipset> ", "{:?}", String::from_utf8_lossy(&prompt));
+    Ok(())
 }
 
 impl Drop for Toggle {
@@ -178,26 +209,56 @@ fn a_planted_opening_of_a_millisecond_is_seen() -> Result<()> {
     Ok(())
 }
 
-/// Ten blinks of the set; the stream from `a` shows each of them, and exactly the packets that the rule counted.
+/// The set blinks until ten times the stream from `a` has sent packets meanwhile. It shows each of these, and exactly the
+/// packets that the rule counted.
 fn blinks_are_seen(lab: &Lab, family: Family, toggle: &mut Toggle, which: Which, rule: &str) -> Result<()> {
     const BLINKS: usize = 10;
-    let mut took = Vec::new();
-    let [there, back] = observe(lab, family, Protocol::Udp, || {
+    const MOST: usize = 200;
+    let mut planted: Vec<Planted> = Vec::new();
+    let [there, back] = observe(lab, family, Protocol::Udp, |streams| {
         exec::run_first()?;
-        for _ in 0..BLINKS {
-            std::thread::sleep(Duration::from_millis(100));
-            took.push(toggle.blink()?);
+        let mut watched = 0;
+        while watched < BLINKS && planted.len() < MOST {
+            std::thread::sleep(Duration::from_millis(50));
+            let before = streams[0].view();
+            planted.push(toggle.blink()?);
+            std::thread::sleep(Duration::from_millis(2));
+            watched += usize::from(streams[0].view().seen_since(&before) == 1.0);
         }
-        std::thread::sleep(Duration::from_millis(100));
         Ok(())
     })?;
+    // A machine that gives its cores to others makes pauses, and a blink in a pause has no packet to show it.
+    let mut shown = 0;
+    for Planted { held: [from, to], .. } in &planted {
+        assert_eq!(there.count_within(opposite(which), *from, *to), 0, "a packet missed the change");
+        shown += usize::from(there.count_within(which, *from, *to) > 0);
+    }
     let runs = there.runs(which);
     let lasted: Vec<_> = runs.iter().map(|run| (run.count, run.at_most)).collect();
-    eprintln!("{family:?} {which:?}: planted {took:?}, seen {lasted:?}");
-    assert_eq!(runs.len(), BLINKS, "every planted change, and no other, is seen: {lasted:?}");
+    eprintln!(
+        "{family:?} {which:?}: planted {}, {shown} of them with packets, seen {lasted:?}",
+        planted.len()
+    );
+    assert!(shown >= BLINKS, "the machine is too slow to plant and watch: {shown} of {}", planted.len());
+    // Every change that was shown is a run of its own, and every run lies in a planted change.
+    let is_planted = |first: usize, last: usize| {
+        let (first, last) = (there.sent[first], there.sent[last]);
+        planted.iter().any(|planted| first.after >= planted.whole[0] && last.before <= planted.whole[1])
+    };
+    for run in &runs {
+        assert!(is_planted(run.first, run.first + run.count - 1), "{run:?} was not planted");
+    }
+    assert!((shown..=planted.len()).contains(&runs.len()), "{} runs", runs.len());
     assert_eq!(there.count(which) as u64, counted(lab, family, rule)?, "seen and counted packets");
     // The way back is not concerned.
     let other = if which == Which::Lost { 0 } else { back.sent.len() };
     assert_eq!(back.count(Which::Lost), other);
     Ok(())
+}
+
+fn opposite(which: Which) -> Which {
+    match which {
+        Which::Arrived => Which::Lost,
+        Which::Lost => Which::Arrived,
+    }
 }

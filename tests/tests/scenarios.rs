@@ -15,7 +15,7 @@ use npm_tests::lab::service::Dialect;
 use npm_tests::lab::{Lab, require_root};
 use npm_tests::scenario::cluster::{Cluster, spec};
 use npm_tests::scenario::enforcer::{Enforcer, Means, Site};
-use npm_tests::scenario::runner::{Report, Runner};
+use npm_tests::scenario::runner::{Report, Route, Runner};
 use npm_tests::scenario::{Scenario, load};
 
 /// Labs at a time: most of a scenario is waiting for packets that must not come.
@@ -24,7 +24,12 @@ const LABS: usize = 6;
 const PART: usize = 8;
 
 /// Plays all scenarios, those with one lab one after the other.
-fn play_all(scenarios: &[Scenario], means: Means, dialect: Dialect) -> Vec<(String, Result<Report>)> {
+fn play_all(
+    scenarios: &[Scenario],
+    means: Means,
+    dialect: Dialect,
+    route: Route,
+) -> Vec<(String, Result<Report>)> {
     let mut labs: BTreeMap<String, Vec<&Scenario>> = BTreeMap::new();
     for scenario in scenarios {
         let lab = match &scenario.cluster {
@@ -34,7 +39,8 @@ fn play_all(scenarios: &[Scenario], means: Means, dialect: Dialect) -> Vec<(Stri
         labs.entry(lab).or_default().push(scenario);
     }
     // Parts of a long list have a lab each, side by side.
-    let parts = labs.values().flat_map(|list| list.chunks(PART));
+    let part = scenarios.len().div_ceil(LABS).clamp(1, PART);
+    let parts = labs.values().flat_map(|list| list.chunks(part));
     let left = Mutex::new(parts.collect::<Vec<_>>());
     let reports = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
@@ -44,7 +50,7 @@ fn play_all(scenarios: &[Scenario], means: Means, dialect: Dialect) -> Vec<(Stri
                     let Some(group) = lock(&left).pop() else { break };
                     let mut runner = Runner::new(means, dialect);
                     for scenario in group {
-                        let report = runner.play(scenario);
+                        let report = runner.play(scenario, route);
                         lock(&reports).push((scenario.name.clone(), report));
                     }
                 }
@@ -58,10 +64,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn check(scenarios: &[Scenario], means: Means, dialect: Dialect) {
+fn check(scenarios: &[Scenario], means: Means, dialect: Dialect, route: Route) {
     let start = std::time::Instant::now();
     let (mut wrong, mut allowed, mut denied) = (Vec::new(), 0, 0);
-    for (name, report) in play_all(scenarios, means, dialect) {
+    for (name, report) in play_all(scenarios, means, dialect, route) {
         match report {
             Ok(report) => {
                 allowed += report.allowed;
@@ -85,7 +91,7 @@ fn where_nobody_enforces_every_denial_is_missed() -> Result<()> {
     let names =
         ["deny-both", "both-ends-on-two-nodes", "service-ingress", "bridged-discovery", "address-reused"];
     for scenario in scenarios.iter().filter(|scenario| names.contains(&scenario.name.as_str())) {
-        let report = Runner::new(Means::Nothing, Dialect::Nft).play(scenario)?;
+        let report = Runner::new(Means::Nothing, Dialect::Nft).play(scenario, Route::Straight)?;
         assert!(report.denied > 0, "{} denies nothing", scenario.name);
         assert_eq!(report.differences.len(), report.denied, "{}: {:?}", scenario.name, report.differences);
     }
@@ -118,7 +124,7 @@ fn established_connections_live_on() -> Result<()> {
             let from = from.unwrap();
             let mut connection =
                 lab.endpoints()[from].netns.run(|| Ok(TcpStream::connect((destination, 80))?))?;
-            connection.set_read_timeout(Some(Duration::from_secs(3)))?;
+            connection.set_read_timeout(Some(Duration::from_secs(20)))?;
             let mut echo = |word: &[u8; 4]| -> Result<()> {
                 let mut answer = [0; 4];
                 connection.write_all(word)?;
@@ -147,7 +153,7 @@ fn scenarios_rendered() -> Result<()> {
     }
     let scenarios = load("scenarios")?;
     for dialect in Dialect::BOTH {
-        check(&scenarios, Means::Rendering, dialect);
+        check(&scenarios, Means::Rendering, dialect, Route::Straight);
     }
     Ok(())
 }
@@ -159,7 +165,7 @@ fn scenarios_by_the_backend() -> Result<()> {
     }
     let scenarios = load("scenarios")?;
     for dialect in Dialect::BOTH {
-        check(&scenarios, Means::Backend, dialect);
+        check(&scenarios, Means::Backend, dialect, Route::Straight);
     }
     Ok(())
 }
@@ -172,7 +178,7 @@ fn cases_rendered() -> Result<()> {
     }
     let cases = load("cases")?;
     for dialect in Dialect::BOTH {
-        check(&cases, Means::Rendering, dialect);
+        check(&cases, Means::Rendering, dialect, Route::Straight);
     }
     Ok(())
 }
@@ -185,8 +191,22 @@ fn scenarios_by_the_agent() -> Result<()> {
     }
     let scenarios = load("scenarios")?;
     for dialect in Dialect::BOTH {
-        check(&scenarios, Means::Agent, dialect);
+        check(&scenarios, Means::Agent, dialect, Route::Straight);
     }
+    Ok(())
+}
+
+/// Those in which something happens: reversed, squashed, split, with empties between.
+#[test]
+fn changes_come_in_every_way() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let mut scenarios = load("scenarios")?;
+    scenarios.retain(|scenario| !scenario.steps.is_empty());
+    assert!(scenarios.len() >= 12, "{} scenarios with steps", scenarios.len());
+    check(&scenarios, Means::Agent, Dialect::Nft, Route::Every);
+    check(&scenarios, Means::Backend, Dialect::Legacy, Route::Every);
     Ok(())
 }
 

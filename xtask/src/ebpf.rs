@@ -135,8 +135,18 @@ fn build(tree: &Tree, toolchain: &Toolchain, sink: &Sink) -> Result<Vec<u8>> {
 
 /// rustc's flags: BTF, and no path of this machine in the object.
 fn flags(tree: &Tree, toolchain: &Toolchain) -> Result<Vec<String>> {
-    let mut flags: Vec<String> =
-        ["-C", "debuginfo=2", "-C", "link-arg=--btf"].iter().map(|&flag| flag.to_owned()).collect();
+    let mut flags: Vec<String> = [
+        "-C",
+        "debuginfo=2",
+        "-C",
+        "link-arg=--btf",
+        // Else LLVM's BPF target calls memset, a loop over bytes, even to clear a word.
+        "-C",
+        "link-arg=--disable-expand-memcpy-in-order",
+    ]
+    .iter()
+    .map(|&flag| flag.to_owned())
+    .collect();
     let mut remap =
         |from: &Path, to: &str| flags.push(format!("--remap-path-prefix={}={to}", from.display()));
     remap(&tree.root, "npm-agent");

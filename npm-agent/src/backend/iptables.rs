@@ -10,16 +10,15 @@
 //! in between is repaired by the same plan that carries the change out.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::time::Duration;
 
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::{Family, Goal};
 
 use self::layout::Placement;
+use self::left::{Belief, Known, Left};
 use self::plan::{Other, SetOp, Step, Transaction};
 use self::readback::Sets;
-use self::refusal::Refusals;
 use self::render::Rendered;
 use self::state::{Line, Name, Rule, State, Target};
 use self::variant::Variant;
@@ -29,6 +28,7 @@ use crate::exec::Tools;
 pub mod drift;
 pub mod interpret;
 pub mod layout;
+mod left;
 pub mod plan;
 pub mod readback;
 mod refusal;
@@ -79,25 +79,9 @@ pub struct Iptables {
     /// The families that the kernel has.
     families: Vec<Family>,
     /// What the last apply left in the kernel; before the first, what an earlier process did.
-    last: Option<Left>,
+    known: Known,
     /// Drift that applies have found which then failed: the next success tells of it.
     untold: Vec<String>,
-}
-
-/// What an apply left in the kernel.
-#[derive(Clone, Debug)]
-struct Left {
-    /// What the goal asks for.
-    wanted: BTreeMap<Family, State>,
-    /// The same without what the kernel does not take.
-    states: BTreeMap<Family, State>,
-    people: BTreeMap<Name, Name>,
-    refusals: Refusals,
-    /// Sets that rules of others hold fast.
-    spared: BTreeSet<Name>,
-    /// The families whose state is all there: what is missing was taken by someone else. In the others a failure on
-    /// the way may have left it out.
-    whole: BTreeSet<Family>,
 }
 
 impl Iptables {
@@ -115,12 +99,13 @@ impl Iptables {
             tracing::warn!("the kernel has no IPv6: policies are enforced for IPv4 only");
         }
         let sets = readback::sets(&tools)?;
-        let mut states = BTreeMap::new();
+        let (mut states, mut others) = (BTreeMap::new(), Vec::new());
         for family in &families {
             states.insert(*family, readback::state(&tools, variant, *family, &sets)?);
+            others.extend(readback::leftovers(&tools, variant.other(), *family, &sets)?);
         }
-        let last = Left::inherited(states);
-        Ok(Self { tools, variant, placement, lock_wait, families, last, untold: Vec::new() })
+        let known = Known::inherited(states, &others);
+        Ok(Self { tools, variant, placement, lock_wait, families, known, untold: Vec::new() })
     }
 
     /// The iptables that is used.
@@ -143,11 +128,11 @@ impl Iptables {
     }
 
     /// Makes the kernel hold `left`, and keeps in mind what became of it.
-    fn leave(&mut self, mut left: Left, before: Option<&Left>) -> Result<Applied, BackendError> {
+    fn leave(&mut self, mut left: Left) -> Result<Applied, BackendError> {
         let mut applied = Applied { drift: std::mem::take(&mut self.untold), ..Applied::default() };
-        let outcome = self.converge(&mut left, before, &mut applied);
+        let outcome = self.converge(&mut left, &mut applied);
         applied.degraded = left.refusals.degraded();
-        self.last = Some(left);
+        self.known = Known::Left(left);
         outcome.inspect_err(|_| self.untold = std::mem::take(&mut applied.drift)).map(|()| applied)
     }
 
@@ -160,21 +145,16 @@ impl Iptables {
         readback::state(&self.tools, self.variant, family, sets)
     }
 
-    /// Converges the kernel to `left`, and notes in it what the kernel would not take. Differences to `before` are drift.
-    /// A family that fails does not keep the other from its rules.
+    /// Converges the kernel to `left`, and notes in it what the kernel would not take. A family that fails does not keep
+    /// the other from its rules.
     ///
     /// # Errors
     /// The first failure, after both were tried.
-    fn converge(
-        &self,
-        left: &mut Left,
-        before: Option<&Left>,
-        applied: &mut Applied,
-    ) -> Result<(), BackendError> {
+    fn converge(&self, left: &mut Left, applied: &mut Applied) -> Result<(), BackendError> {
         let mut outcome = Ok(());
         let mut sets = None;
         for family in &self.families {
-            let converged = self.converge_family(*family, &mut sets, left, before, applied);
+            let converged = self.converge_family(*family, &mut sets, left, applied);
             if let (Err(error), Err(_)) = (&converged, &outcome) {
                 tracing::warn!(?family, %error, "the second family fails as well");
             }
@@ -189,14 +169,12 @@ impl Iptables {
         family: Family,
         sets: &mut Option<Sets>,
         left: &mut Left,
-        before: Option<&Left>,
         applied: &mut Applied,
     ) -> Result<(), BackendError> {
-        let mut before = before.filter(|before| before.whole.contains(&family));
         let mut attempt = 0;
         loop {
-            let Err(Failure { error, cause }) = self.attempt(family, sets, left, &mut before, applied) else {
-                left.whole.insert(family);
+            let Err(Failure { error, cause }) = self.attempt(family, sets, left, applied) else {
+                left.believe(family);
                 return Ok(());
             };
             *sets = None;
@@ -229,7 +207,6 @@ impl Iptables {
         family: Family,
         sets: &mut Option<Sets>,
         left: &mut Left,
-        before: &mut Option<&Left>,
         applied: &mut Applied,
     ) -> Result<(), Failure> {
         let sets = match sets {
@@ -238,14 +215,15 @@ impl Iptables {
         };
         let actual = self.read_family(family, sets)?;
         let leftovers = readback::leftovers(&self.tools, self.variant.other(), family, sets)?;
-        if let Some(before) = before.take() {
-            applied.drift.extend(self.drift(&actual, before));
+        // From here on differences are ours as well.
+        if let Some(belief) = left.believed.remove(&family) {
+            applied.drift.extend(self.drift(&actual, &belief, &left.spared));
         }
-        left.whole.remove(&family);
         let other = match &leftovers {
             None => Other::Absent,
             Some(rules) => Other::Present(rules.referenced_sets()),
         };
+        left.avoid_held(&actual);
         let desired = left.states.get(&family).cloned().unwrap_or_else(|| State::empty(family));
         for step in plan::plan(&actual, &desired, self.placement, &other) {
             self.step(family, step, leftovers.as_ref(), left, applied)?;
@@ -325,52 +303,11 @@ impl Iptables {
         write::rules(&self.tools, variant, family, self.lock_wait, transaction)
     }
 
-    /// What someone else has changed since `before` was left.
-    fn drift(&self, actual: &State, before: &Left) -> Vec<String> {
-        let Some(expected) = before.states.get(&actual.family) else { return Vec::new() };
+    /// What someone else has changed since the kernel held what is believed.
+    fn drift(&self, actual: &State, belief: &Belief, spared: &BTreeSet<Name>) -> Vec<String> {
         let mut actual = actual.clone();
-        actual.sets.retain(|name, _| !before.spared.contains(name));
-        drift::differences(&actual, expected, self.placement, &before.people)
-    }
-}
-
-impl Left {
-    /// What an earlier process of ours left: until the first apply it stays, and is repaired. Nothing if there is none,
-    /// or not in our forms.
-    fn inherited(states: BTreeMap<Family, State>) -> Option<Self> {
-        let enforces = |state: &State| state.chains.get(layout::ENTRY).is_some_and(|chain| !chain.is_empty());
-        if !states.values().any(enforces) || !states.values().all(State::is_readable) {
-            return None;
-        }
-        Some(Self {
-            wanted: states.clone(),
-            whole: states.keys().copied().collect(),
-            states,
-            people: BTreeMap::new(),
-            refusals: Refusals::new(BTreeMap::new()),
-            spared: BTreeSet::new(),
-        })
-    }
-
-    /// What has yet to be there, where others hold these sets.
-    fn of(rendered: Rendered, families: &[Family], spared: BTreeSet<Name>) -> Self {
-        let people = rendered.names.values().flat_map(|names| {
-            [
-                (Arc::clone(&names.v4), Arc::clone(&names.name)),
-                (Arc::clone(&names.v6), Arc::clone(&names.name)),
-            ]
-        });
-        let people = people.collect();
-        let states: BTreeMap<Family, State> =
-            families.iter().map(|family| (*family, rendered.family(*family).clone())).collect();
-        Self {
-            wanted: states.clone(),
-            states,
-            people,
-            refusals: Refusals::new(rendered.owners),
-            spared,
-            whole: BTreeSet::new(),
-        }
+        actual.sets.retain(|name, _| !spared.contains(name) || belief.state.sets.contains_key(name));
+        drift::differences(&actual, &belief.state, self.placement, &belief.people)
     }
 }
 
@@ -406,25 +343,31 @@ impl Backend for Iptables {
     }
 
     fn inherits(&self) -> bool {
-        self.last.is_some()
+        match self.known {
+            Known::Nothing => false,
+            Known::Foreign | Known::Left(_) => true,
+        }
     }
 
     fn apply(&mut self, goal: &Goal) -> Result<Applied, BackendError> {
-        let before = self.last.take();
-        let spared = before.as_ref().map(|before| before.spared.clone()).unwrap_or_default();
-        let left = Left::of(Rendered::of(goal), &self.families, spared);
-        self.leave(left, before.as_ref())
+        let mut left = Left::of(Rendered::of(goal), &self.families);
+        if let Known::Left(before) = std::mem::replace(&mut self.known, Known::Nothing) {
+            (left.spared, left.believed) = (before.spared, before.believed);
+        }
+        self.leave(left)
     }
 
     fn verify(&mut self) -> Result<Applied, BackendError> {
-        let Some(before) = self.last.take() else { return Ok(Applied::default()) };
-        let mut left = before.clone();
+        let mut left = match &self.known {
+            Known::Nothing | Known::Foreign => return Ok(Applied::default()),
+            Known::Left(left) => left.clone(),
+        };
         // The kernel may take by now (a module has been loaded) what it once refused.
         if left.refusals.any_lifted(|family, rule| self.probe(family, rule)) {
             left.states = left.wanted.clone();
             left.refusals.forget();
         }
-        self.leave(left, Some(&before))
+        self.leave(left)
     }
 
     fn decide(&mut self, flow: &Flow) -> Result<Decision, BackendError> {
@@ -441,7 +384,7 @@ impl Backend for Iptables {
     }
 
     fn remove(&mut self) -> Result<Removed, BackendError> {
-        self.last = None;
+        self.known = Known::Nothing;
         self.untold.clear();
         remove::everything(&self.tools, self.lock_wait)
     }

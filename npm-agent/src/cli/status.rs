@@ -12,7 +12,7 @@ use crate::config::{self, value};
 use crate::reconcile::Freshness;
 use crate::status::Client;
 use crate::status::client::WaitError;
-use crate::status::report::{BackendStatus, Report, SourceStatus};
+use crate::status::report::{BackendStatus, EscapeStatus, Report, SourceStatus};
 
 /// Ask a running agent how it stands
 ///
@@ -107,6 +107,10 @@ fn table(report: &Report, now: SystemTime) -> String {
     for backend in &status.backends {
         lines.extend(backend_lines(backend, now).into_iter().map(|line| (backend.name.as_str(), line)));
     }
+    lines.extend(status.escapes.iter().map(|escape| {
+        let EscapeStatus { name: _, effect, what, remedy } = escape;
+        ("escape", format!("{effect}: {what}; to do: {remedy}"))
+    }));
     lines.extend(status.known_differences.iter().map(|line| ("difference", line.clone())));
     lines.extend(status.warnings.iter().map(|line| ("warning", line.clone())));
     lines.extend(
@@ -174,6 +178,7 @@ fn ago(time: SystemTime, now: SystemTime) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::escape::Effect;
     use crate::status::report::{DegradedStatus, LastApply, ObjectProblem, Size, Status, WorldStatus};
 
     fn at(seconds: u64) -> SystemTime {
@@ -212,11 +217,25 @@ mod tests {
                 size: Size { sets: 51, members: 52, policies: 53, rules: 54 },
                 ..BackendStatus::default()
             }],
+            escapes: vec![
+                EscapeStatus {
+                    name: "ipvs".into(),
+                    effect: Effect::Unjudged,
+                    what: "IPVS is there".into(),
+                    remedy: "take it away".into(),
+                },
+                EscapeStatus {
+                    name: "notrack".into(),
+                    effect: Effect::Stricter,
+                    what: "a rule".into(),
+                    remedy: "nothing".into(),
+                },
+            ],
         };
         let expected = "\
 agent       npm-agent on node node-1, version 9.8.7
 running     100 s
-ready       no: iptables: goal 20 of 21 is programmed; iptables: failed 3 times, last: apply: refused
+ready       no: iptables: goal 20 of 21 is programmed; iptables: failed 3 times, last: apply: refused; not judged: IPVS is there
 source      in sync
 objects     11 pods, 12 namespaces, 13 policies; 14 pods of this node are selected
 goal        number 21
@@ -225,6 +244,8 @@ iptables    51 sets with 52 members, 53 policies with 54 rules
 iptables    read back 10 s ago; 41 repairs of what others changed
 iptables    failed 3 times in a row: apply: refused
 iptables    degraded: x/b: too long
+escape      unjudged: IPVS is there; to do: take it away
+escape      stricter: a rule; to do: nothing
 difference  placed behind others
 warning     address 10.0.0.1 is claimed twice
 problem     a.yaml: NetworkPolicy x/a: is odd

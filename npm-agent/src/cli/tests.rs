@@ -157,6 +157,7 @@ fn every_reason_for_not_being_ready_is_explained() {
             world: WorldStatus::default(),
             generation: 5,
             backends: vec![backend(inherited)],
+            escapes: vec![],
         };
         let reasons = status.reasons(5);
         assert_eq!(reasons.len(), 5);

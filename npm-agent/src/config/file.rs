@@ -12,6 +12,7 @@ use super::value::{
     BackendKind, ChainPlacement, IptablesVariant, LogFormat, LogLevel, SourceKind, ValueError,
 };
 use super::{ConfigError, parse_verify_interval, value};
+use crate::interfaces::select::Selection;
 
 /// What a config file says; `None` where it says nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,6 +33,8 @@ pub struct File {
     pub iptables_variant: Option<IptablesVariant>,
     /// `Toggles.PlaceAzureChainFirst`.
     pub placement: Option<ChainPlacement>,
+    /// `ExcludeInterfaces`.
+    pub interfaces: Option<Selection>,
     /// `VerifyInterval`.
     pub verify_interval: Option<Duration>,
     /// `LogLevel`.
@@ -155,6 +158,9 @@ impl Reader<'_> {
             Setting::Socket => self.file.socket = Some(self.parsed(name, value, path)?),
             Setting::IptablesVariant => {
                 self.file.iptables_variant = Some(self.parsed(name, value, str::parse)?);
+            }
+            Setting::ExcludeInterfaces => {
+                self.file.interfaces = Some(self.parsed(name, value, value::parse_interfaces)?);
             }
             Setting::VerifyInterval => {
                 self.file.verify_interval = Some(self.parsed(name, value, parse_verify_interval)?);

@@ -56,6 +56,8 @@ pub enum Setting {
     IptablesVariant,
     /// Where the jump stands: it has no flag, because operators know the toggle.
     PlaceAzureChainFirst,
+    /// `--exclude-interfaces`.
+    ExcludeInterfaces,
     /// `--verify-interval`.
     VerifyInterval,
     /// `--log-level`.
@@ -76,6 +78,7 @@ impl Setting {
             Self::Socket => Some("socket"),
             Self::IptablesVariant => Some("iptables-variant"),
             Self::PlaceAzureChainFirst => None,
+            Self::ExcludeInterfaces => Some("exclude-interfaces"),
             Self::VerifyInterval => Some("verify-interval"),
             Self::LogLevel => Some("log-level"),
             Self::LogFormat => Some("log-format"),
@@ -161,6 +164,7 @@ pub const KEYS: &[Key] = &[
     setting("Instance", Setting::Instance),
     setting("Socket", Setting::Socket),
     setting("IptablesVariant", Setting::IptablesVariant),
+    setting("ExcludeInterfaces", Setting::ExcludeInterfaces),
     setting("VerifyInterval", Setting::VerifyInterval),
     setting("LogFormat", Setting::LogFormat),
 ];

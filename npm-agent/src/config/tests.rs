@@ -36,6 +36,7 @@ fn nothing_said_gives_the_defaults() {
         socket: "/run/npm-agent/npm-agent.sock".into(),
         iptables_variant: IptablesVariant::Auto,
         placement: ChainPlacement::First,
+        interfaces: Selection::default(),
         verify_interval: Duration::from_secs(30),
         log_level: LogLevel::Info,
         log_format: LogFormat::Auto,
@@ -62,7 +63,7 @@ fn null_is_absent() {
 #[test]
 fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
     let text = r#"{"Backend": "iptables", "Source": "manifests", "Manifests": "dir", "Node": "n1", "Instance": "i1",
-        "Socket": "s1", "IptablesVariant": "nft", "VerifyInterval": "5s", "LogLevel": "Debug", "LogFormat": "json",
+        "Socket": "s1", "IptablesVariant": "nft", "VerifyInterval": "5s", "ExcludeInterfaces": "docker*, mgmt0", "LogLevel": "Debug", "LogFormat": "json",
         "Toggles": {"PlaceAzureChainFirst": true}}"#;
     let settings = Settings::resolve(Flags::default(), file(text).unwrap(), None, &host()).unwrap();
     let of_file = Settings {
@@ -73,6 +74,7 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         socket: "s1".into(),
         iptables_variant: IptablesVariant::Nft,
         placement: ChainPlacement::First,
+        interfaces: "docker*, mgmt0".parse().unwrap(),
         verify_interval: Duration::from_secs(5),
         log_level: LogLevel::Debug,
         log_format: LogFormat::Json,
@@ -90,6 +92,7 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         instance: Some("i2".into()),
         socket: Some("s2".into()),
         iptables_variant: Some(IptablesVariant::Legacy),
+        exclude_interfaces: Some("br?".parse().unwrap()),
         verify_interval: Some(Duration::from_secs(7)),
         log_level: Some(LogLevel::Trace),
         log_format: Some(LogFormat::Human),
@@ -101,6 +104,7 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         instance: "i2".into(),
         socket: "s2".into(),
         iptables_variant: IptablesVariant::Legacy,
+        interfaces: "br?".parse().unwrap(),
         verify_interval: Duration::from_secs(7),
         log_level: LogLevel::Trace,
         log_format: LogFormat::Human,
@@ -213,6 +217,10 @@ fn what_cannot_be_meant_is_an_error_that_names_the_key() {
             "config file npm.json: Backend: the eBPF backend is not in this version of npm-agent; use iptables",
         ),
         (r#"{"VerifyInterval": "1ms"}"#, "config file npm.json: VerifyInterval: at least 100ms is needed"),
+        (
+            r#"{"ExcludeInterfaces": "eth["}"#,
+            r#"config file npm.json: ExcludeInterfaces: "eth[" is no pattern of interface names: invalid range pattern"#,
+        ),
         (r#"{"Socket": ""}"#, "config file npm.json: Socket: an empty path"),
         (
             r#"{"Node": "a", "node": "b"}"#,

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use tracing::Level;
 
+use crate::interfaces::select::{PatternError, Selection};
+
 /// Makes an enum of named values; the first is the default. Names are read without regard to case, as Azure NPM's
 /// configuration library does.
 macro_rules! choice {
@@ -157,6 +159,14 @@ pub fn parse_instance(text: &str) -> Result<String, ValueError> {
     Ok(text.to_owned())
 }
 
+/// Reads patterns of interface names.
+///
+/// # Errors
+/// One of them is no pattern.
+pub fn parse_interfaces(text: &str) -> Result<Selection, ValueError> {
+    text.parse().map_err(ValueError::Pattern)
+}
+
 /// Why a text is no value of a setting.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ValueError {
@@ -198,6 +208,9 @@ pub enum ValueError {
         /// What is there.
         text: String,
     },
+    /// No pattern of interface names.
+    #[error(transparent)]
+    Pattern(PatternError),
     /// An empty path.
     #[error("an empty path")]
     EmptyPath,

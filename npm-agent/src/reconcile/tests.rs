@@ -232,7 +232,7 @@ fn a_newer_goal_does_not_wait_out_a_long_backoff() {
     }
     agent.settle(0);
     // Doubling from 20 ms, twelve waits would be more than a minute.
-    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(40), "{:?}", start.elapsed());
     assert!(start.elapsed() >= first * 12, "but a stream of goals does not hammer: {:?}", start.elapsed());
 }
 

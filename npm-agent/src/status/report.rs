@@ -6,6 +6,7 @@ use npm_policy::goal::Goal;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::backend::Degraded;
+use crate::escape::{Effect, Escape};
 
 /// A question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -72,6 +73,9 @@ pub struct Status {
     pub generation: u64,
     /// The backends.
     pub backends: Vec<BackendStatus>,
+    /// Why traffic of the node escapes judgement, or may; the worst first.
+    #[serde(default)]
+    pub escapes: Vec<EscapeStatus>,
 }
 
 impl Status {
@@ -107,6 +111,12 @@ impl Status {
                 let (since, most) = (unverified_ms / 1000, stale_after_ms / 1000);
                 reasons.push(format!("{name}: not read back for {since} s, {most} s at most is normal"));
             }
+        }
+        // Where no policy selects a pod of this node, nothing is to be judged. What only may escape, or is judged too
+        // strictly, is no failure of this agent to enforce what it has seen.
+        if self.world.local_subjects > 0 {
+            let unjudged = self.escapes.iter().filter(|escape| escape.effect == Effect::Unjudged);
+            reasons.extend(unjudged.map(|escape| format!("not judged: {}", escape.what)));
         }
         reasons
     }
@@ -217,6 +227,30 @@ pub struct DegradedStatus {
 impl From<Degraded> for DegradedStatus {
     fn from(Degraded { policy, reason }: Degraded) -> Self {
         Self { policy: policy.to_string(), reason }
+    }
+}
+
+/// Why traffic of the node escapes judgement.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EscapeStatus {
+    /// Its name.
+    pub name: String,
+    /// What it does to traffic that policies are about.
+    pub effect: Effect,
+    /// The reason, for people.
+    pub what: String,
+    /// What to do about it, for people.
+    pub remedy: String,
+}
+
+impl From<(Effect, Escape)> for EscapeStatus {
+    fn from((effect, escape): (Effect, Escape)) -> Self {
+        Self {
+            name: escape.name().to_owned(),
+            effect,
+            what: escape.to_string(),
+            remedy: escape.remedy().to_owned(),
+        }
     }
 }
 

@@ -115,7 +115,7 @@ fn waiting_ends_when_what_was_there_is_programmed_and_not_before() {
         pod("a", [10, 0, 0, 1], &[]),
         policy("all", Selector::everything()),
     ]));
-    let patience = Duration::from_millis(200);
+    let patience = Duration::from_secs(2);
     match served.client().wait(patience).unwrap_err() {
         WaitError::NotReady { reasons, .. } => assert_eq!(reasons, ["fake: goal 1 of 2 is programmed"]),
         other @ WaitError::NoStatus { .. } => panic!("{other}"),
@@ -130,7 +130,7 @@ fn waiting_for_a_failing_backend_says_why() {
     let served = Served::start();
     served.fake.fail(usize::MAX);
     served.send(IN_SYNC);
-    let error = served.client().wait(Duration::from_millis(200)).unwrap_err().to_string();
+    let error = served.client().wait(Duration::from_secs(2)).unwrap_err().to_string();
     assert!(error.contains("fake: goal 0 of 1 is programmed"), "{error}");
     assert!(error.contains("last: apply: fake failed with exit status: 4: planted"), "{error}");
 }
@@ -204,7 +204,7 @@ fn a_source_that_does_not_answer_is_not_waited_for_longer_than_asked() {
     agent.send(IN_SYNC);
     serve(socket.clone(), agent.asks.clone());
     let start = Instant::now();
-    let error = Client::new(socket).wait(Duration::from_millis(200)).unwrap_err();
+    let error = Client::new(socket).wait(Duration::from_secs(1)).unwrap_err();
     assert!(matches!(error, WaitError::NoStatus { source: ClientError::NoAnswer { .. }, .. }), "{error}");
     assert!(start.elapsed() < PATIENCE);
 }
@@ -232,7 +232,7 @@ fn an_agent_that_falls_silent_is_reported_with_what_it_said_last() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("agent.sock");
     falls_silent(&socket, &report);
-    match Client::new(socket).wait(Duration::from_millis(300)).unwrap_err() {
+    match Client::new(socket).wait(Duration::from_secs(2)).unwrap_err() {
         WaitError::NotReady { reasons, .. } => assert_eq!(reasons, report.reasons),
         other @ WaitError::NoStatus { .. } => panic!("{other}"),
     }
@@ -257,9 +257,9 @@ fn an_agent_that_always_starts_anew_is_not_asked_without_a_pause() {
             stream.write_all((serde_json::to_string(&report).unwrap() + "\n").as_bytes()).unwrap();
         }
     });
-    Client::new(socket).wait(Duration::from_millis(400)).unwrap_err();
+    Client::new(socket).wait(Duration::from_secs(1)).unwrap_err();
     // A pause of 20 ms before each question.
-    assert!((2..=25).contains(&asked.load(Ordering::Relaxed)), "{asked:?}");
+    assert!((2..=55).contains(&asked.load(Ordering::Relaxed)), "{asked:?}");
 }
 
 #[test]

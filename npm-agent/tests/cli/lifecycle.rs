@@ -100,13 +100,19 @@ fn a_file_that_is_broken_while_no_agent_runs_opens_nothing() {
 
     fs::write(&file, "kind: [").unwrap();
     let next = Running(namespace.start(&run));
-    let status = wait("2s");
-    assert_eq!(status.code(), Some(1), "{}", status.stdout());
     let reason = format!(
         "not readable since the start: {}; what an earlier process programmed stays in force",
         path(&file)
     );
-    assert!(status.stderr().contains(&reason), "{}", status.stderr());
+    let start = Instant::now();
+    let status = loop {
+        let status = wait("1s");
+        assert_eq!(status.code(), Some(1), "{}", status.stdout());
+        if status.stderr().contains(&reason) {
+            break status;
+        }
+        assert!(start.elapsed() < PATIENCE, "{}", status.stderr());
+    };
     assert!(
         status.stdout().contains("what an earlier process programmed is in force"),
         "{}",
@@ -163,7 +169,7 @@ fn an_agent_starts_serves_stops_is_taken_over_and_cleaned_up() {
     let before = rules();
     let (code, took) = first.stop();
     assert_eq!(code, Some(0));
-    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert!(took < Duration::from_secs(10), "{took:?}");
     assert!(!socket.exists());
     assert_eq!(namespace.agent(&wait[..3]).code(), Some(1), "nobody answers");
     assert_eq!(uncounted(&rules()), uncounted(&before), "what is programmed stays");

@@ -193,7 +193,7 @@ fn only_what_carries_ports_has_one() {
         (Fragment::Later, None, None),
         (Fragment::None, None, None),
     ] {
-        let packet = Packet { addresses, protocol: Protocol::TCP, ports, fragment };
+        let packet = Packet { addresses, protocol: Protocol::TCP, ports, icmpv6_type: None, fragment };
         assert_eq!(port_of(&packet), expected);
     }
 }

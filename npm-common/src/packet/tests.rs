@@ -17,11 +17,13 @@ const TCP: [u8; 20] = [0x9c, 0x40, 0x01, 0xbb, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, 0x0
 const TCP_PORTS: Option<Ports> = Some(Ports { source: 40000, destination: 443 });
 
 fn ip(bytes: &[u8]) -> Result<Packet, ParseError> {
-    parse_ip(&bytes, 0)
+    let is_v6 = bytes.first().is_some_and(|first| first >> 4 == 6);
+    let ethertype = if is_v6 { ETHERTYPE_IPV6 } else { ETHERTYPE_IPV4 };
+    parse_network(&bytes, Network { ethertype, offset: 0 }).map(|headers| headers.packet())
 }
 
 fn ethernet(bytes: &[u8]) -> Result<Packet, ParseError> {
-    parse_ethernet(&bytes)
+    parse_ethernet(&bytes).map(|headers| headers.packet())
 }
 
 fn join(parts: &[&[u8]]) -> Vec<u8> {
@@ -66,7 +68,13 @@ fn tcp_over_ipv4() {
     let packet = ethernet(&join(&[&ETHERNET_V4, &V4, &TCP])).unwrap();
     let addresses =
         Addresses::V4 { source: Ipv4Addr::new(10, 1, 0, 5), destination: Ipv4Addr::new(10, 96, 0, 10) };
-    let expected = Packet { addresses, protocol: Protocol::TCP, ports: TCP_PORTS, fragment: Fragment::None };
+    let expected = Packet {
+        addresses,
+        protocol: Protocol::TCP,
+        ports: TCP_PORTS,
+        icmpv6_type: None,
+        fragment: Fragment::None,
+    };
     assert_eq!(packet, expected);
     assert_eq!(packet.addresses.family(), Family::V4);
 }
@@ -81,6 +89,7 @@ fn udp_over_ipv6() {
         addresses: Addresses::V6 { source, destination },
         protocol: Protocol::UDP,
         ports: Some(Ports { source: 53, destination: 12345 }),
+        icmpv6_type: None,
         fragment: Fragment::None,
     };
     assert_eq!(packet, expected);
@@ -97,14 +106,15 @@ fn two_vlan_tags_are_looked_behind_and_no_more() {
         let frame = join(&[addresses, &tags.concat(), rest]);
         assert_eq!(ethernet(&frame).unwrap().ports, TCP_PORTS, "{tags:x?}");
     }
-    assert_eq!(ethernet(&join(&[addresses, service, tag, tag, rest])), Err(ParseError::NotIp));
+    assert_eq!(ethernet(&join(&[addresses, service, tag, tag, rest])), Err(ParseError::TooManyTags));
 }
 
 #[test]
 fn what_is_not_ip_is_not_ip() {
     let arp = join(&[&ETHERNET_V4[..12], &[0x08, 0x06], &[0; 28]]);
     assert_eq!(ethernet(&arp), Err(ParseError::NotIp));
-    assert_eq!(ip(&[0x55; 60]), Err(ParseError::NotIp));
+    let cdp = Network { ethertype: 0x2000, offset: 0 };
+    assert_eq!(parse_network(&v4(Protocol::TCP, 0, &[], &TCP).as_slice(), cdp), Err(ParseError::NotIp));
 }
 
 #[test]
@@ -264,6 +274,97 @@ fn ports_that_only_padding_holds_are_none() {
     assert_eq!(ethernet(&frame).unwrap().ports, None);
 }
 
+/// What the iptables engine passes by type, behind whatever extension headers, the parser knows by the same types.
+#[test]
+fn neighbour_discovery_is_known_by_its_type() {
+    let message = |kind: u8| [kind, 0, 0, 0, 0, 0, 0, 0];
+    for kind in 0..=u8::MAX {
+        let is = NEIGHBOUR_TYPES.contains(&kind);
+        let listener_report = join(&[&extension(Protocol::ICMPV6), &message(kind)]);
+        let first = join(&[&fragment_header(Protocol::ICMPV6, 1), &message(kind)]);
+        for packet in [
+            v6(Protocol::ICMPV6, &message(kind)),
+            v6(Protocol::HOP_BY_HOP, &listener_report),
+            v6(Protocol::FRAGMENT, &first),
+        ] {
+            let packet = ip(&packet).unwrap();
+            assert_eq!((packet.icmpv6_type, packet.ports), (Some(kind), None));
+            assert_eq!(packet.is_neighbour_discovery(), is, "type {kind}");
+        }
+        let later = join(&[&fragment_header(Protocol::ICMPV6, 8), &message(kind)]);
+        for packet in [
+            v6(Protocol::FRAGMENT, &later),
+            v6(Protocol::ICMP, &message(kind)),
+            v4(Protocol::ICMPV6, 0, &[], &message(kind)),
+        ] {
+            let packet = ip(&packet).unwrap();
+            assert_eq!(packet.icmpv6_type, None);
+            assert!(!packet.is_neighbour_discovery(), "type {kind}: {packet:?}");
+        }
+    }
+}
+
+#[test]
+fn a_cut_icmpv6_message_is_no_message() {
+    let mut padded = join(&[&ETHERNET_V6, &v6(Protocol::ICMPV6, &[135, 0, 0, 0, 0, 0, 0])]);
+    assert_eq!(ethernet(&padded), Err(ParseError::BadHeader));
+    padded.push(0);
+    assert_eq!(ethernet(&padded), Err(ParseError::BadHeader));
+    padded[14 + 5] = 8;
+    assert_eq!(ethernet(&padded).unwrap().icmpv6_type, Some(135));
+    padded.pop();
+    assert_eq!(ethernet(&padded), Err(ParseError::Truncated));
+}
+
+/// Of a packet that can't be read to its end the addresses are known once its fixed header is there, so that it can be
+/// told whose it is.
+#[test]
+fn addresses_of_broken_packets_are_kept() {
+    let mut wrong_version = V4;
+    wrong_version[0] = 0x65;
+    let mut truncated_chain = v6(Protocol::ROUTING, &[Protocol::TCP.0, 5]);
+    truncated_chain[5] = 200;
+    let mut too_many = Vec::new();
+    for _ in 0..=MAX_EXTENSIONS {
+        too_many.extend(extension(Protocol::ROUTING));
+    }
+    for (ethertype, packet, error) in [
+        (ETHERTYPE_IPV4, wrong_version.to_vec(), ParseError::BadHeader),
+        (ETHERTYPE_IPV4, V4.to_vec(), ParseError::Truncated),
+        (ETHERTYPE_IPV6, truncated_chain, ParseError::Truncated),
+        (ETHERTYPE_IPV6, v6(Protocol::ROUTING, &too_many), ParseError::TooManyExtensions),
+    ] {
+        let mut headers = Headers::default();
+        let network = Network { ethertype, offset: 0 };
+        assert_eq!(read(&packet.as_slice(), network, &mut headers), Err(error));
+        assert!(headers.has_addresses());
+        match headers.family() {
+            Family::V4 => assert_eq!(headers.v4(), ([10, 1, 0, 5], [10, 96, 0, 10])),
+            Family::V6 => assert_eq!((headers.v6().0[15], headers.v6().1[15]), (1, 2)),
+        }
+        for len in [0, 19] {
+            assert_eq!(read(&&packet[..len], network, &mut headers), Err(ParseError::Truncated));
+            assert!(!headers.has_addresses(), "{len} bytes");
+        }
+    }
+}
+
+#[test]
+fn codes_tell_outcomes_apart() {
+    let outcomes = [
+        Ok(()),
+        Err(ParseError::Truncated),
+        Err(ParseError::NotIp),
+        Err(ParseError::TooManyTags),
+        Err(ParseError::BadHeader),
+        Err(ParseError::TooManyExtensions),
+    ];
+    for it in outcomes {
+        assert_eq!(outcome(code(it)), it);
+    }
+    assert_eq!(outcome(u32::MAX), Err(ParseError::BadHeader));
+}
+
 /// Every prefix of a packet is truncated, until the bytes that are looked at are there; from then on the result is
 /// that of the whole.
 #[test]
@@ -277,14 +378,16 @@ fn every_prefix_is_truncated_or_whole() {
     ]);
     let tag = [0x81, 0, 0, 7, 0x08, 0x00];
     // The length of the headers that are looked at, and the frame.
-    let frames: [(usize, Vec<u8>); 7] = [
+    let frames: [(usize, Vec<u8>); 8] = [
         (14 + 20 + 4, join(&[&ETHERNET_V4, &V4, &TCP])),
         (18 + 20 + 4, join(&[&ETHERNET_V4[..12], &tag, &V4, &TCP])),
         (14 + 60 + 4, join(&[&ETHERNET_V4, &v4(Protocol::UDP, 0, &[1; 40], &TCP)])),
         // Without ports the fixed header is enough: options are never read.
         (14 + 20, join(&[&ETHERNET_V4, &v4(Protocol::ICMP, 0, &[1; 40], &TCP)])),
         (14 + 40 + 4, join(&[&ETHERNET_V6, &v6(Protocol::UDP, &TCP)])),
-        (14 + 40, join(&[&ETHERNET_V6, &v6(Protocol::ICMPV6, &TCP)])),
+        (14 + 40 + 8, join(&[&ETHERNET_V6, &v6(Protocol::ICMPV6, &TCP)])),
+        // ICMP in IPv6 is not ICMPv6.
+        (14 + 40, join(&[&ETHERNET_V6, &v6(Protocol::ICMP, &TCP)])),
         (14 + 40 + 8 + 8 + 8 + 24 + 4, join(&[&ETHERNET_V6, &v6(Protocol::HOP_BY_HOP, &chain)])),
     ];
     for (needed, frame) in frames {

@@ -108,6 +108,11 @@ impl Agent {
         exec::run(&program.to_string_lossy(), &args).map(drop).with_context(|| self.log())
     }
 
+    /// The namespace it runs in.
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
     /// Asks it to end and waits for that.
     ///
     /// # Errors

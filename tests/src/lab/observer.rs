@@ -4,18 +4,18 @@
 //! A sender sends crafted UDP datagrams or TCP SYNs with ever-changing source ports; a packet socket in the
 //! destination's namespace takes down the numbers. The destination itself drops them before its own stack sees them
 //! (raw table), so nobody answers. Packets between namespaces are forwarded within the sender's `send`, so the time
-//! at
-//! which a packet met the filter lies between the two times that are recorded around the call.
+//! at which a packet met the filter lies between the two times that are recorded around the call.
 //!
 //! Senders run before ordinary threads; with both of a pair at 6,000 a second a machine of two cores has room left
-//! for
-//! what changes the filter.
+//! for what changes the filter. A machine whose hypervisor gives its cores to others makes pauses all the same: what
+//! happens in them goes unseen, so a stream tells how much it has seen ([`Observer::view`]), and whoever needs more
+//! goes on.
 
 use std::io::IoSliceMut;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -41,6 +41,8 @@ const FIRST_PORT: u16 = 1024;
 const SETTLE: Duration = Duration::from_millis(200);
 /// Room for what the receiver has not read yet, in bytes.
 const BUFFER: usize = 64 << 20;
+/// In a longer pause between two packets a change of a millisecond may go unseen.
+pub const BLIND: Duration = Duration::from_millis(1);
 /// Marks our packets: the first payload bytes of UDP.
 const MARK: [u8; 4] = *b"npmo";
 
@@ -75,7 +77,48 @@ pub struct Observer {
     done: Arc<AtomicBool>,
     sender: JoinHandle<Result<Vec<Sent>>>,
     receiver: JoinHandle<Result<Vec<u32>>>,
+    progress: Arc<Mutex<Progress>>,
     stream: Stream,
+}
+
+/// How far a sender is.
+#[derive(Debug)]
+struct Progress {
+    sent: u32,
+    /// The last packet, or the start.
+    last: Instant,
+    /// The sum of the pauses that were longer than [`BLIND`].
+    blind: Duration,
+}
+
+/// What a stream has seen up to some time.
+#[derive(Clone, Copy, Debug)]
+pub struct View {
+    at: Instant,
+    sent: u32,
+    blind: Duration,
+}
+
+impl View {
+    /// How many packets were sent.
+    pub fn sent(&self) -> u32 {
+        self.sent
+    }
+
+    /// The share of the time since `earlier`, from 0 to 1, in which a change of a millisecond would have been seen.
+    pub fn seen_since(&self, earlier: &Self) -> f64 {
+        let blind = self.blind.saturating_sub(earlier.blind).as_secs_f64();
+        (1.0 - blind / self.seconds_since(earlier)).clamp(0.0, 1.0)
+    }
+
+    /// New flows a second since `earlier`.
+    pub fn rate_since(&self, earlier: &Self) -> f64 {
+        f64::from(self.sent - earlier.sent) / self.seconds_since(earlier)
+    }
+
+    fn seconds_since(&self, earlier: &Self) -> f64 {
+        (self.at - earlier.at).as_secs_f64().max(f64::EPSILON)
+    }
 }
 
 /// A packet that was sent.
@@ -148,11 +191,22 @@ impl Observer {
                 .spawn(move || receive(&sniffer, &stream, &done))
         };
         let receiver = receiver.context("starting a receiver")?;
+        let progress =
+            Arc::new(Mutex::new(Progress { sent: 0, last: Instant::now(), blind: Duration::ZERO }));
         let sender = {
-            let (stream, stop) = (stream.clone(), Arc::clone(&stop));
-            std::thread::Builder::new().name("send".into()).spawn(move || send(&packets, &stream, &stop))
+            let (stream, stop, progress) = (stream.clone(), Arc::clone(&stop), Arc::clone(&progress));
+            let send = move || send(&packets, &stream, &stop, &progress);
+            std::thread::Builder::new().name("send".into()).spawn(send)
         };
-        Ok(Self { stop, done, sender: sender.context("starting a sender")?, receiver, stream })
+        Ok(Self { stop, done, sender: sender.context("starting a sender")?, receiver, progress, stream })
+    }
+
+    /// What it has seen so far. A pause that goes on counts up to this instant.
+    pub fn view(&self) -> View {
+        let Progress { sent, last, blind } = *self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = Instant::now();
+        let pause = at.saturating_duration_since(last);
+        View { at, sent, blind: if pause > BLIND { blind + pause } else { blind } }
     }
 
     /// Ends the stream and tells what became of it.
@@ -266,7 +320,12 @@ fn sniffer() -> Result<OwnedFd> {
     Ok(sniffer)
 }
 
-fn send(packets: &IpSender, stream: &Stream, stop: &AtomicBool) -> Result<Vec<Sent>> {
+fn send(
+    packets: &IpSender,
+    stream: &Stream,
+    stop: &AtomicBool,
+    progress: &Mutex<Progress>,
+) -> Result<Vec<Sent>> {
     // Otherwise the kernel may wake us up to 50 us late, for every packet.
     nix::sys::prctl::set_timerslack(1).context("setting the timer slack")?;
     exec::run_first()?;
@@ -283,6 +342,10 @@ fn send(packets: &IpSender, stream: &Stream, stop: &AtomicBool) -> Result<Vec<Se
         let before = Instant::now();
         packets.send(&packet)?;
         sent.push(Sent { before, after: Instant::now() });
+        let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
+        let pause = before.saturating_duration_since(progress.last);
+        progress.blind += if pause > BLIND { pause } else { Duration::ZERO };
+        (progress.sent, progress.last) = (number + 1, before);
     }
     Ok(sent)
 }

@@ -29,7 +29,7 @@ const QUIET: Duration = Duration::from_millis(300);
 /// When the attempts are made, counted from the start.
 const ATTEMPTS: [Duration; 3] = [Duration::ZERO, Duration::from_millis(70), Duration::from_millis(140)];
 /// How long an expected delivery is waited for, and how often it is tried again meanwhile.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(250);
 
 /// A new connection to try.

@@ -23,6 +23,24 @@ pub struct Cluster {
     objects: BTreeMap<String, Value>,
 }
 
+/// A cluster on some way.
+#[derive(Clone, Debug)]
+pub struct Stop {
+    /// What there is.
+    pub cluster: Cluster,
+    /// What is done there.
+    pub look: Look,
+}
+
+/// What is done when a cluster is enforced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// Everything is probed.
+    Probes,
+    /// The next comes.
+    Passes,
+}
+
 impl Cluster {
     /// The cluster at the start and after each step.
     ///
@@ -46,6 +64,45 @@ impl Cluster {
             stages.push(cluster.clone());
         }
         Ok(stages)
+    }
+
+    /// The ways from the first of some stages to the last other than from each to the next, with a name each: reversed
+    /// (from the last to the first and back at once), squashed, split into single objects, and with nothing at all
+    /// between.
+    pub fn other_ways(stages: &[Self]) -> Vec<(&'static str, Vec<Stop>)> {
+        let [first, .., last] = stages else { return Vec::new() };
+        let stop = |cluster: &Self| Stop { cluster: cluster.clone(), look: Look::Probes };
+        let pass = |cluster: Self| Stop { cluster, look: Look::Passes };
+        let mut reversed: Vec<Stop> = stages.iter().rev().map(stop).collect();
+        reversed.push(stop(last));
+        let mut split = vec![pass(first.clone())];
+        for pair in stages.windows(2) {
+            split.extend(pair[0].one_by_one(&pair[1]).into_iter().map(pass));
+            split.push(stop(&pair[1]));
+        }
+        let empties = stages.iter().flat_map(|stage| [pass(Self::default()), stop(stage)]);
+        vec![
+            ("reversed", reversed),
+            ("squashed", vec![pass(first.clone()), stop(last)]),
+            ("split", split),
+            ("with empties between", empties.collect()),
+        ]
+    }
+
+    /// What lies between two stages when each object changes by itself, without the two.
+    fn one_by_one(&self, next: &Self) -> Vec<Self> {
+        let ids: BTreeSet<&String> = self.objects.keys().chain(next.objects.keys()).collect();
+        let mut cluster = self.clone();
+        let mut between = Vec::new();
+        for id in ids.into_iter().filter(|id| self.objects.get(*id) != next.objects.get(*id)) {
+            match next.objects.get(id) {
+                Some(object) => drop(cluster.objects.insert(id.clone(), object.clone())),
+                None => drop(cluster.objects.remove(id)),
+            }
+            between.push(cluster.clone());
+        }
+        between.pop();
+        between
     }
 
     fn set(&mut self, manifests: &str) -> Result<()> {

@@ -1,10 +1,12 @@
 //! What makes a node enforce policies: the agent as it runs in production, or its rendering, given to the tools
 //! directly.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use npm_agent::backend::iptables::render::Rendered;
+use npm_agent::backend::iptables::state::State;
 use npm_agent::backend::iptables::variant::Variant;
 use npm_agent::backend::iptables::{Iptables, Options};
 use npm_agent::backend::{Applied, Backend};
@@ -53,7 +55,12 @@ pub enum Enforcer {
         backend: Box<Iptables>,
     },
     /// See [`Means::Agent`].
-    Agent(Box<Agent>),
+    Agent {
+        /// The process.
+        agent: Box<Agent>,
+        /// Which iptables.
+        dialect: Dialect,
+    },
 }
 
 /// Where to enforce, and how.
@@ -80,11 +87,7 @@ impl Enforcer {
             Means::Nothing => Ok(Self::Nothing),
             Means::Rendering => Ok(Self::Rendering { netns: netns.clone(), node: node.to_owned(), dialect }),
             Means::Backend => {
-                let variant = match dialect {
-                    Dialect::Nft => Variant::Nft,
-                    Dialect::Legacy => Variant::Legacy,
-                };
-                let options = Options { variant: Some(variant), ..Options::default() };
+                let options = Options { variant: Some(variant(dialect)), ..Options::default() };
                 let backend = netns.run(|| Ok(Box::new(Iptables::new(options)?)))?;
                 Ok(Self::Backend { netns: netns.clone(), node: node.to_owned(), backend })
             }
@@ -100,7 +103,7 @@ impl Enforcer {
                         .map(str::to_owned)
                         .to_vec(),
                 };
-                Ok(Self::Agent(Box::new(Agent::start(netns, settings)?)))
+                Ok(Self::Agent { agent: Box::new(Agent::start(netns, settings)?), dialect })
             }
         }
     }
@@ -134,16 +137,38 @@ impl Enforcer {
                     Ok(())
                 })
             }
-            Self::Agent(agent) => agent.wait(),
+            Self::Agent { agent, .. } => agent.wait(),
         }
+    }
+
+    /// What the kernel holds of ours, as whoever comes next would find it.
+    ///
+    /// # Errors
+    /// It can't be read.
+    pub fn kernel(&self) -> Result<BTreeMap<Family, State>> {
+        let (netns, dialect) = match self {
+            Self::Nothing => return Ok(BTreeMap::new()),
+            Self::Rendering { netns, dialect, .. } => (netns, variant(*dialect)),
+            Self::Backend { netns, backend, .. } => (netns, backend.variant()),
+            Self::Agent { agent, dialect } => (agent.netns(), variant(*dialect)),
+        };
+        let options = Options { variant: Some(dialect), ..Options::default() };
+        netns.run(|| Ok(Iptables::new(options)?.read()?))
     }
 
     /// What it has said, for people.
     pub fn log(&self) -> String {
         match self {
             Self::Nothing | Self::Rendering { .. } | Self::Backend { .. } => String::new(),
-            Self::Agent(agent) => agent.log(),
+            Self::Agent { agent, .. } => agent.log(),
         }
+    }
+}
+
+fn variant(dialect: Dialect) -> Variant {
+    match dialect {
+        Dialect::Nft => Variant::Nft,
+        Dialect::Legacy => Variant::Legacy,
     }
 }
 

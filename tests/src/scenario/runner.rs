@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use anyhow::{Context, Result};
+use npm_agent::backend::iptables::state::State;
 use npm_policy::flow::{Decision, Flow, Transport};
 use npm_policy::goal::Family;
 use npm_policy::verdict::oracle;
 use npm_policy::world::World;
 use tempfile::TempDir;
 
-use super::cluster::{Cluster, spec};
+use super::cluster::{Cluster, Look, Stop, spec};
 use super::enforcer::{Enforcer, Means, Site};
 use super::{Scenario, transport};
 use crate::lab::probe::{Outcome, Probe};
@@ -24,6 +25,15 @@ pub struct Runner {
     means: Means,
     dialect: Dialect,
     stage: Option<Stage>,
+}
+
+/// How a scenario's steps are gone through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// From each to the next.
+    Straight,
+    /// So, and then in every other way to the same end, where the kernel must hold the same.
+    Every,
 }
 
 /// What became of a scenario.
@@ -57,7 +67,7 @@ impl Runner {
     ///
     /// # Errors
     /// It could not be played to its end. What it showed otherwise is in the report.
-    pub fn play(&mut self, scenario: &Scenario) -> Result<Report> {
+    pub fn play(&mut self, scenario: &Scenario, route: Route) -> Result<Report> {
         let clusters = Cluster::stages(scenario)?;
         let worlds: Vec<World> = clusters.iter().map(Cluster::world).collect::<Result<_>>()?;
         let spec = spec(scenario, &worlds)?;
@@ -78,6 +88,24 @@ impl Runner {
             report.differences.extend(differences.into_iter().map(|line| format!("{step}: {line}")));
             let differences = stage.observe_services(scenario, world, self.dialect, &mut report)?;
             report.differences.extend(differences.into_iter().map(|line| format!("{step}: {line}")));
+        }
+        if route == Route::Every {
+            let straight = stage.kernel()?;
+            for (way, stops) in Cluster::other_ways(&clusters) {
+                for Stop { cluster, look } in stops {
+                    let world = cluster.world()?;
+                    stage.enforce(&cluster, &world).with_context(|| format!("enforcing {way}"))?;
+                    if look == Look::Probes {
+                        let differences = stage.observe(&world, &transports, &mut report)?;
+                        report
+                            .differences
+                            .extend(differences.into_iter().map(|line| format!("{way}: {line}")));
+                    }
+                }
+                if stage.kernel()? != straight {
+                    report.differences.push(format!("{way}: the kernel holds another state in the end"));
+                }
+            }
         }
         if !report.differences.is_empty() {
             report
@@ -115,6 +143,11 @@ impl Stage {
     fn enforce(&mut self, cluster: &Cluster, world: &World) -> Result<()> {
         cluster.write(&self.directory.path().join("manifests"))?;
         self.enforcers.iter_mut().try_for_each(|enforcer| enforcer.enforce(world))
+    }
+
+    /// What the nodes' kernels hold of ours.
+    fn kernel(&self) -> Result<Vec<BTreeMap<Family, State>>> {
+        self.enforcers.iter().map(Enforcer::kernel).collect()
     }
 
     /// Probes every pair and gives the differences.

@@ -202,21 +202,47 @@ fn what_a_failing_apply_learns_is_told_by_the_next_success() {
     });
 }
 
+/// Who cannot even read what is there has not seen what was changed: the next who can tells of it.
+#[test]
+fn drift_is_told_after_applies_that_could_not_read() {
+    in_namespace(|variant| {
+        let goal = rich_goal();
+        let stubs = Stubs::new(variant);
+        let mut backend = stubs.backend(stubs.tools());
+        backend.apply(&goal).unwrap();
+        shell(&format!("{} -F AZURE-NPM-DENIED", variant.command(Family::V6)));
+        let lines = Rendered::of(&goal).v6.chains["AZURE-NPM-DENIED"].len();
+        let unreadable = stubs.path("unreadable");
+        let refuse = format!("if [ -e {} ]; then exit 4; fi; exec $real \"$@\"", unreadable.display());
+        stubs.script(&variant.save(Family::V6), &refuse);
+        stubs.raise("unreadable");
+        for _ in 0..2 {
+            backend.apply(&goal).unwrap_err();
+            backend.verify().unwrap_err();
+        }
+        stubs.lower("unreadable");
+        let drift = backend.apply(&goal).unwrap().drift;
+        assert_eq!(drift.len(), lines, "{drift:?}");
+        assert_holds(&backend, &goal);
+        assert_eq!(backend.verify().unwrap(), Applied::default());
+    });
+}
+
 #[test]
 fn a_tool_that_hangs_is_an_error_and_no_more() {
     in_namespace(|variant| {
         let goal = rich_goal();
         let stubs = Stubs::new(variant);
         stubs.restore_while("hang", &[Family::V4], "sleep 1000");
-        let mut backend = stubs.backend(Tools { deadline: Duration::from_millis(1_500), ..stubs.tools() });
+        let mut backend = stubs.backend(Tools { deadline: Duration::from_secs(3), ..stubs.tools() });
         let start = Instant::now();
         let error = backend.apply(&goal).unwrap_err();
         assert!(
             matches!(&error, BackendError::TimedOut { program, after }
-            if program.starts_with(&variant.restore(Family::V4)) && after.as_millis() == 1_500),
+            if program.starts_with(&variant.restore(Family::V4)) && after.as_secs() == 3),
             "{error}"
         );
-        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
         assert_eq!(backend.read().unwrap()[&Family::V6], expected(&goal)[&Family::V6]);
         stubs.lower("hang");
         backend.apply(&goal).unwrap();
@@ -306,7 +332,11 @@ fn an_agent_killed_while_it_writes_leaves_nothing_wrong_and_nobody_writing() {
     in_namespace(|variant| {
         let wanted = &expected(&long_goal(AFTER))[&Family::V4];
         let mut interrupted = 0;
-        for round in 0..2 {
+        // Whoever is to kill it may come too late.
+        for round in 0..8 {
+            if interrupted == 2 {
+                break;
+            }
             // The second time from wherever the first victim got.
             backend(variant).apply(&long_goal(BEFORE)).unwrap();
             let victim = format!("{VICTIM}={variant:?}");
@@ -315,9 +345,7 @@ fn an_agent_killed_while_it_writes_leaves_nothing_wrong_and_nobody_writing() {
                 [Path::new(&victim), &program, Path::new("--exact"), Path::new("failures::victim")];
             let log = tempfile::tempfile().unwrap();
             let mut child = npm_tests::exec::start("env", &arguments, &log).unwrap();
-            while largest_set() < BEFORE + 1 + round * 20_000 {
-                assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
-            }
+            while largest_set() < BEFORE + 1 + round % 2 * 20_000 && child.try_wait().unwrap().is_none() {}
             child.kill().unwrap();
             child.wait().unwrap();
             interrupted += usize::from(largest_set() < AFTER);

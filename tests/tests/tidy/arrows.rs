@@ -64,6 +64,12 @@ const ARROWS: &[Arrow] = &[
         why: "the backends never meet",
     },
     Arrow {
+        within: &["npm-agent/src/escape", "npm-agent/src/interfaces", "npm-agent/src/netlink.rs"],
+        except: &[],
+        forbidden: &["crate::backend", "crate::source", "crate::reconcile", "crate::status", "crate::config"],
+        why: "it looks at the node, whatever judges there",
+    },
+    Arrow {
         within: &["npm-agent/src/reconcile", "npm-agent/src/crosscheck"],
         except: &[],
         forbidden: &[
@@ -199,6 +205,7 @@ fn every_arrow_is_held() {
         ("npm-agent/src/backend/ebpf/maps.rs", "use crate::backend::{iptables::render, Backend};"),
         ("npm-agent/src/reconcile.rs", "use crate::backend::iptables::Iptables;"),
         ("npm-agent/src/crosscheck/count.rs", "use crate::source::kube;"),
+        ("npm-agent/src/escape/survey.rs", "use crate::backend::iptables::variant::Variant;"),
         ("npm-agent/src/run.rs", "use k8s_openapi::api;"),
         ("npm-agent/src/run.rs", "use aya::Ebpf;"),
         ("npm-agent/src/run.rs", "use std::process::Command;"),

@@ -103,8 +103,9 @@ mod tests {
                     transport: *transport,
                 };
                 let frame = opening(&flow).unwrap();
-                let packet =
-                    parse_ethernet(&frame.as_slice()).unwrap_or_else(|error| panic!("{flow}: {error}"));
+                let packet = parse_ethernet(&frame.as_slice())
+                    .unwrap_or_else(|error| panic!("{flow}: {error}"))
+                    .packet();
                 let (read_source, read_destination): (IpAddr, IpAddr) = match packet.addresses {
                     Addresses::V4 { source, destination } => (source.into(), destination.into()),
                     Addresses::V6 { source, destination } => (source.into(), destination.into()),

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use npm_policy::names::SET_PREFIX;
+use npm_policy::goal::Family;
+use npm_policy::names::{SET_PREFIX, kernel_set_name};
 
 use super::state::{CtState, CtStates, Line, Rule, Sense, Target};
 
@@ -64,6 +65,11 @@ pub fn is_temporary(name: &str) -> bool {
 pub fn temporary_names(name: &str) -> impl Iterator<Item = Arc<str>> {
     let digits = name.strip_prefix(SET_PREFIX).unwrap_or(name).to_owned();
     TEMPORARY_PREFIXES.iter().map(move |prefix| format!("{prefix}{digits}").into())
+}
+
+/// Another name for a set of ours whose own is taken.
+pub fn other_name(name: &str, family: Family) -> Arc<str> {
+    kernel_set_name(&format!("instead-of:{name}"), family).into()
 }
 
 /// The rule of `FORWARD` that leads to us: whatever no allowed connection vouches for is judged.

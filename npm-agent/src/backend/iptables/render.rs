@@ -18,6 +18,7 @@ use std::sync::{Arc, OnceLock};
 use imbl::OrdSet;
 use ipnet::IpNet;
 use npm_common::mark;
+use npm_common::packet::NEIGHBOUR_TYPES;
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::{
     Clause, Family, Goal, Holders, Member, NamedMatch, PeerMatch, PortMatch, Program, Set as GoalSet, SetKey,
@@ -37,10 +38,6 @@ const MAX_COMMENT_BYTES: usize = 200;
 
 /// With more rules than this for one clause, its ports get a chain of their own.
 const MAX_PRODUCT: usize = 16;
-
-/// ICMPv6 types that no policy judges: multicast listener discovery (130-132, 143; RFC 2710, 3810) and neighbour
-/// discovery (133-137; RFC 4861). On a bridge they cross `FORWARD`, without a connection.
-const NEIGHBOUR_TYPES: [u8; 9] = [130, 131, 132, 133, 134, 135, 136, 137, 143];
 
 /// What the kernel must hold for a goal.
 #[derive(Debug)]
