@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 
 use crate::sink::Sink;
 use crate::tree::Tree;
-use crate::{check, clean_lab, demo, ebpf, packages};
+use crate::{check, clean_lab, demo, ebpf, manifests, packages};
 
 /// Project tasks of npm-agent.
 #[derive(Parser)]
@@ -46,6 +46,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Build every kustomization of deploy/ and check it against the Kubernetes schemas
+    Manifests,
     /// Delete lab network namespaces whose process is gone
     CleanLab,
 }
@@ -74,6 +76,11 @@ pub(crate) fn run() -> Result<ExitCode> {
             } else {
                 println!("{}", ebpf::write(&tree, &Sink::Terminal)?);
             }
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Manifests => {
+            packages::install_missing(&Sink::Terminal)?;
+            println!("{}", manifests::check(&tree, &Sink::Terminal)?);
             Ok(ExitCode::SUCCESS)
         }
         Task::CleanLab => {
