@@ -32,6 +32,12 @@ use crate::metrics::{self, Metrics, Scope};
 use crate::reconcile::{Ask, Freshness};
 use crate::status::report::{Report, Status};
 
+/// Where the process says that it is alive.
+pub const HEALTH_PATH: &str = "/healthz";
+
+/// Where it says that everything that was seen is enforced.
+pub const READY_PATH: &str = "/readyz";
+
 /// How many clients at once; more wait until one has gone.
 const MAX_CONNECTIONS: usize = 64;
 
@@ -125,8 +131,8 @@ struct Shared {
 
 fn router(asks: mpsc::Sender<Ask>, metrics: Option<Arc<Metrics>>) -> Router {
     let shared = Shared { asks, heard: Arc::new(Mutex::new(Instant::now())) };
-    let probes =
-        Router::new().route("/healthz", get(healthz)).route("/readyz", get(readyz)).with_state(shared);
+    let probes = Router::new().route(HEALTH_PATH, get(healthz)).route(READY_PATH, get(readyz));
+    let probes = probes.with_state(shared);
     let Some(metrics) = metrics else { return probes };
     let places = Arc::new(Semaphore::new(MAX_SCRAPES));
     Scope::ALL.into_iter().fold(probes, |router, scope| {

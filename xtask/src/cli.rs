@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 
 use crate::sink::Sink;
 use crate::tree::Tree;
-use crate::{chaos, check, clean_lab, demo, ebpf, packages};
+use crate::{chaos, check, clean_lab, demo, ebpf, manifests, packages};
 
 /// Project tasks of npm-agent.
 #[derive(Parser)]
@@ -61,6 +61,8 @@ enum Task {
         #[arg(long)]
         seed: Option<u64>,
     },
+    /// Build every kustomization of deploy/ and check it against the Kubernetes schemas
+    Manifests,
     /// Delete lab network namespaces whose process is gone
     CleanLab,
 }
@@ -91,6 +93,11 @@ pub(crate) fn run() -> Result<ExitCode> {
             } else {
                 println!("{}", ebpf::write(&tree, &Sink::Terminal)?);
             }
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Manifests => {
+            packages::install_missing(&Sink::Terminal)?;
+            println!("{}", manifests::check(&tree, &Sink::Terminal)?);
             Ok(ExitCode::SUCCESS)
         }
         Task::CleanLab => {

@@ -10,6 +10,7 @@ mod cli;
 mod demo;
 mod ebpf;
 mod exec;
+mod manifests;
 mod packages;
 mod rust_src;
 mod sink;
