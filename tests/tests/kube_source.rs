@@ -383,14 +383,18 @@ async fn an_object_that_cannot_be_understood_is_named_and_holds_up_nothing() {
     server.store().put(bad_pod.clone());
     server.store().put(bad_policy);
     server.store().put(pod("c", "10.0.0.3"));
+    let strict = |source: &Source| {
+        let policy = source.world.policy(&PolicyKey::new("x", "p"));
+        policy.is_some_and(|policy| policy.ingress == Some(vec![]))
+    };
+    source.until("a policy that isolates and allows nothing", strict).await;
+    assert!(source.problems.keys().any(|origin| origin.ends_with("/p")), "problems come before their changes");
     source.until("two problems", |source| source.problems.len() == 2).await;
     source.until("the next pod", |source| source.world.pod(&PodKey::new("x", "c")).is_some()).await;
     let pods = ["/api/v1/namespaces/x/pods/a", "/apis/networking.k8s.io/v1/namespaces/x/networkpolicies/p"];
     assert_eq!(source.problems.keys().collect::<Vec<_>>(), pods);
     let key = PodKey::new("x", "a");
     assert_eq!(source.world.pod(&key), before.pod(&key), "a pod stays what it was: it stays isolated");
-    let strict = source.world.policy(&PolicyKey::new("x", "p")).unwrap();
-    assert_eq!(strict.ingress, Some(vec![]), "a policy isolates and allows nothing");
     assert!(!source.errors.iter().any(|error| error.contains("understood")), "{:?}", source.errors);
 
     // Also after everything was read anew.
