@@ -388,7 +388,10 @@ async fn an_object_that_cannot_be_understood_is_named_and_holds_up_nothing() {
         policy.is_some_and(|policy| policy.ingress == Some(vec![]))
     };
     source.until("a policy that isolates and allows nothing", strict).await;
-    assert!(source.problems.keys().any(|origin| origin.ends_with("/p")), "problems come before their changes");
+    assert!(
+        source.problems.keys().any(|origin| origin.ends_with("/p")),
+        "problems come before their changes"
+    );
     source.until("two problems", |source| source.problems.len() == 2).await;
     source.until("the next pod", |source| source.world.pod(&PodKey::new("x", "c")).is_some()).await;
     let pods = ["/api/v1/namespaces/x/pods/a", "/apis/networking.k8s.io/v1/namespaces/x/networkpolicies/p"];
