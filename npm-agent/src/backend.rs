@@ -5,6 +5,8 @@ pub mod ebpf;
 pub mod iptables;
 pub mod succession;
 
+use std::time::Duration;
+
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::Goal;
 use npm_policy::model::PolicyKey;
@@ -41,6 +43,10 @@ pub trait Backend: Send {
     /// As [`Backend::apply`].
     fn verify(&mut self) -> Result<Applied, BackendError>;
 
+    /// What was written to the kernel since the last call, also by attempts that failed: as much of it as is worth a
+    /// measurement of its own.
+    fn writes(&mut self) -> Vec<Write>;
+
     /// What the kernel's present state, read back and interpreted, does with a new forwarded flow.
     ///
     /// # Errors
@@ -65,6 +71,28 @@ pub struct Applied {
     pub drift: Vec<String>,
     /// Policies that the kernel would not take whole: they isolate, and allow less than they say.
     pub degraded: Vec<Degraded>,
+}
+
+/// One write to the kernel that is worth a measurement: a program that ran, a transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Write {
+    /// What was written.
+    pub what: Written,
+    /// How long it took.
+    pub took: Duration,
+    /// Whether it was refused, or did not come to an end.
+    pub failed: bool,
+}
+
+/// What a [`Write`] wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Written {
+    /// IP sets and their members.
+    Sets,
+    /// Chains of iptables: at least one was made or filled.
+    Chains,
+    /// The same, where chains were only emptied or removed.
+    Removals,
 }
 
 /// A policy that is enforced more strictly than it says.
@@ -115,7 +143,7 @@ pub enum BackendError {
         /// The program, with its arguments.
         program: String,
         /// How long it was waited for.
-        after: std::time::Duration,
+        after: Duration,
     },
     /// What a program printed is not what we know how to read.
     #[error("cannot read the output of {program}: {detail}")]
@@ -137,4 +165,19 @@ pub enum BackendError {
         /// What is missing.
         what: String,
     },
+}
+
+impl BackendError {
+    /// The variant's name, to count by.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Spawn { .. } => "spawn",
+            Self::Refused { .. } => "refused",
+            Self::TimedOut { .. } => "timed_out",
+            Self::Unreadable { .. } => "unreadable",
+            Self::Connections(_) => "connections",
+            Self::Ebpf(_) => "ebpf",
+            Self::Unsupported { .. } => "unsupported",
+        }
+    }
 }

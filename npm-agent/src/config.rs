@@ -9,6 +9,7 @@ pub mod file;
 pub mod keys;
 pub mod value;
 
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,7 +18,8 @@ use npm_common::mark::ProofBit;
 use self::duration::parse_duration;
 use self::file::{File, Notice};
 use self::value::{
-    BackendKind, ChainPlacement, DeniedConnections, IptablesVariant, LogFormat, LogLevel, SourceKind,
+    BackendKind, ChainPlacement, DeniedConnections, IptablesVariant, LogFormat, LogLevel, Scraping,
+    SourceKind,
 };
 use crate::interfaces::select::Selection;
 
@@ -34,6 +36,19 @@ pub const DEFAULT_INSTANCE: &str = "npm-agent";
 
 /// How often the kernel's state is read back where nothing else is said.
 pub const DEFAULT_VERIFY_INTERVAL: Duration = Duration::from_secs(30);
+
+/// How long a watch lasts where nothing else is said: load balancers cut connections that are silent for longer
+/// (Azure's and Google's after 4 and 10 minutes).
+pub const DEFAULT_WATCH_TIMEOUT: Duration = Duration::from_secs(290);
+
+/// The shortest `--watch-timeout`.
+pub const MIN_WATCH_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Where the HTTP server listens, as Azure NPM's.
+pub const DEFAULT_LISTENING_ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+
+/// The HTTP server's port, Azure NPM's.
+pub const DEFAULT_LISTENING_PORT: u16 = 10091;
 
 /// The shortest `--verify-interval`: a read-back of a large node takes a good part of a second.
 pub const MIN_VERIFY_INTERVAL: Duration = Duration::from_millis(100);
@@ -56,10 +71,10 @@ pub struct Flags {
     #[arg(long, env = "NPM_BACKEND", value_name = "BACKEND")]
     pub backend: Option<BackendKind>,
 
-    /// Where the cluster's objects come from: manifests
+    /// Where the cluster's objects come from: manifests or kube
     ///
-    /// manifests: plain Kubernetes YAML or JSON files in the directory --manifests, watched for changes.
-    /// [default: manifests]
+    /// manifests: plain Kubernetes YAML or JSON files in the directory --manifests, watched for changes. kube: the
+    /// cluster's API server, watched. [default: manifests]
     #[arg(long, env = "NPM_SOURCE", value_name = "SOURCE")]
     pub source: Option<SourceKind>,
 
@@ -68,6 +83,30 @@ pub struct Flags {
     /// Namespaces, Pods (with status.podIP and spec.nodeName) and NetworkPolicies.
     #[arg(long, env = "NPM_MANIFESTS", value_name = "DIR")]
     pub manifests: Option<PathBuf>,
+
+    /// How --source kube reaches the API server: the current context of this kubeconfig file
+    ///
+    /// Read again when a watch fails. [default: the pod's service account]
+    #[arg(long, env = "NPM_KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+
+    /// How long --source kube lets one watch last before it asks anew; a server silent for longer is taken for dead
+    ///
+    /// A number with a unit: 30s, 5m; at least 1s; up to a quarter longer, at random. [default: 290s]
+    #[arg(long, env = "NPM_WATCH_TIMEOUT", value_name = "DURATION", value_parser = parse_watch_timeout)]
+    pub watch_timeout: Option<Duration>,
+
+    /// Address of the HTTP server: /healthz, /readyz, /node-metrics, /cluster-metrics
+    ///
+    /// Of either family; :: is all addresses of both. [default: 0.0.0.0]
+    #[arg(long, env = "NPM_LISTENING_ADDRESS", value_name = "IP", value_parser = value::parse_address)]
+    pub listening_address: Option<IpAddr>,
+
+    /// Port of the HTTP server; 0: no HTTP server
+    ///
+    /// [default: 10091]
+    #[arg(long, env = "NPM_LISTENING_PORT", value_name = "PORT")]
+    pub listening_port: Option<u16>,
 
     /// This node's name, as in the pods' spec.nodeName
     ///
@@ -144,6 +183,10 @@ pub struct Settings {
     pub backend: BackendKind,
     /// Where the objects come from.
     pub source: Source,
+    /// Where the HTTP server listens; `None`: there is none.
+    pub listening: Option<SocketAddr>,
+    /// Whether it answers Prometheus.
+    pub scraping: Scraping,
     /// This node's name.
     pub node: String,
     /// This agent's name.
@@ -177,6 +220,13 @@ pub struct Settings {
 pub enum Source {
     /// A directory of manifests.
     Manifests(PathBuf),
+    /// A cluster's API server.
+    Kube {
+        /// The credentials; `None`: the pod's service account.
+        kubeconfig: Option<PathBuf>,
+        /// How long one watch lasts.
+        watch_timeout: Duration,
+    },
 }
 
 /// The names that the machine gives the node, for where none is configured.
@@ -230,10 +280,18 @@ impl Settings {
             SourceKind::Manifests => {
                 Source::Manifests(flags.manifests.or(file.manifests).ok_or(ConfigError::NoManifests)?)
             }
+            SourceKind::Kube => Source::Kube {
+                kubeconfig: flags.kubeconfig.or(file.kubeconfig),
+                watch_timeout: flags.watch_timeout.or(file.watch_timeout).unwrap_or(DEFAULT_WATCH_TIMEOUT),
+            },
         };
+        let address = flags.listening_address.or(file.listening_address).unwrap_or(DEFAULT_LISTENING_ADDRESS);
+        let port = flags.listening_port.or(file.listening_port).unwrap_or(DEFAULT_LISTENING_PORT);
         Ok(Self {
             backend: flags.backend.or(file.backend).unwrap_or_default(),
             source,
+            listening: (port != 0).then_some(SocketAddr::new(address, port)),
+            scraping: file.scraping.unwrap_or_default(),
             node: flags.node.or(file.node).or_else(|| host.first()).ok_or(ConfigError::NoNode)?,
             socket: flags.socket.or(file.socket).unwrap_or_else(|| default_socket(&instance)),
             instance,
@@ -269,6 +327,18 @@ pub fn parse_verify_interval(text: &str) -> Result<Duration, value::ValueError> 
         return Err(value::ValueError::TooShort { minimum: MIN_VERIFY_INTERVAL });
     }
     Ok(interval)
+}
+
+/// Reads a `--watch-timeout`.
+///
+/// # Errors
+/// It is no duration, or shorter than [`MIN_WATCH_TIMEOUT`].
+pub fn parse_watch_timeout(text: &str) -> Result<Duration, value::ValueError> {
+    let timeout = parse_duration(text)?;
+    if timeout < MIN_WATCH_TIMEOUT {
+        return Err(value::ValueError::TooShort { minimum: MIN_WATCH_TIMEOUT });
+    }
+    Ok(timeout)
 }
 
 /// Why there are no settings.

@@ -2,16 +2,19 @@
 #![deny(unsafe_code)]
 
 pub mod backend;
+pub mod backoff;
 pub mod cli;
 pub mod config;
 pub mod conntrack;
 pub mod disturbance;
 pub mod escape;
 pub mod exec;
+pub mod http;
 pub mod interfaces;
 pub mod lock;
 pub mod logging;
 pub mod matrix;
+pub mod metrics;
 mod netlink;
 pub mod reconcile;
 pub mod run;

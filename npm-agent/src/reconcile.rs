@@ -10,10 +10,12 @@
 //! queued when it comes back is one batch and at most one new goal, so a single event is programmed at once and a
 //! burst is merged while the kernel is busy with the one before.
 
-pub mod backoff;
+pub use crate::backoff;
+mod watches;
 pub mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use npm_policy::compile::{Compiler, Warning};
@@ -22,8 +24,11 @@ use npm_policy::world::Change;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
 
+use self::watches::Watches;
 use self::worker::{Target, Worker};
 use crate::escape::Board;
+use crate::metrics::Metrics;
+use crate::metrics::journal::Journal;
 use crate::source::{Completeness, Event, Problem};
 use crate::status::report::{EscapeStatus, ObjectProblem, SourceStatus, Status, WorldStatus};
 
@@ -85,6 +90,7 @@ pub struct Reconcile {
     workers: Vec<Worker>,
     sync: Sync,
     problems: BTreeMap<String, Vec<Problem>>,
+    watches: Watches,
     warnings: BTreeSet<Warning>,
     published: Option<Target>,
     /// The number of the newest refresh request, and of the newest that the source has been told of.
@@ -93,6 +99,8 @@ pub struct Reconcile {
     waiting: Vec<(u64, oneshot::Sender<Status>)>,
     /// Where it stands why traffic escapes judgement; it is told which addresses are to be protected.
     board: Option<Board>,
+    metrics: Arc<Metrics>,
+    journal: Journal,
 }
 
 /// Whether the source has sent everything that was there when it started.
@@ -107,7 +115,7 @@ enum Sync {
 
 impl Reconcile {
     /// Makes a loop that programs `identity.node` through `workers`.
-    pub fn new(identity: Identity, workers: Vec<Worker>) -> Self {
+    pub fn new(identity: Identity, workers: Vec<Worker>, metrics: Arc<Metrics>) -> Self {
         Self {
             compiler: Compiler::new(identity.node.as_str()),
             identity,
@@ -115,12 +123,15 @@ impl Reconcile {
             workers,
             sync: Sync::Waiting,
             problems: BTreeMap::new(),
+            watches: Watches::default(),
             warnings: BTreeSet::new(),
             published: None,
             asked: 0,
             sent: 0,
             waiting: Vec::new(),
             board: None,
+            journal: Journal::new(Arc::clone(&metrics)),
+            metrics,
         }
     }
 
@@ -179,19 +190,26 @@ impl Reconcile {
             match event {
                 Event::Changes(more) => changes.extend(more),
                 Event::Problems { origin, problems } => self.replace_problems(origin, problems),
-                Event::InSync(completeness) => self.in_sync(completeness),
+                Event::InSync(completeness) => {
+                    // What came before was there at the start, what comes after is an event of the cluster.
+                    self.compile(std::mem::take(&mut changes));
+                    self.journal.in_sync();
+                    self.in_sync(completeness);
+                }
+                Event::Watch { name, state } => self.watches.note(name, state),
                 Event::Refreshed(number) => refreshed = refreshed.max(Some(number)),
             }
         }
-        if !changes.is_empty() {
-            debug!(objects = changes.len(), "changes");
-            self.compiler.apply(changes);
-            self.replace_warnings();
-        }
+        self.compile(changes);
         match self.sync {
             Sync::Waiting => {}
-            Sync::Incomplete(_) | Sync::Done => self.publish(),
+            Sync::Incomplete(_) | Sync::Done => {
+                self.publish();
+                self.metrics.counted(self.compiler.census(), self.compiler.world().size());
+            }
         }
+        let problems = self.problems.values().map(Vec::len).sum();
+        self.metrics.complaints(problems, self.warnings.len());
         if let Some(number) = refreshed {
             let (answered, waiting) = self.waiting.drain(..).partition(|(asked, _)| *asked <= number);
             self.waiting = waiting;
@@ -201,11 +219,20 @@ impl Reconcile {
         }
     }
 
+    fn compile(&mut self, changes: Vec<Change>) {
+        if !changes.is_empty() {
+            debug!(objects = changes.len(), "changes");
+            self.journal.take(&mut self.compiler, changes);
+            self.replace_warnings();
+        }
+    }
+
     fn in_sync(&mut self, completeness: Completeness) {
         match completeness {
             Completeness::Complete => {
                 info!("source is in sync");
                 self.sync = Sync::Done;
+                self.metrics.synced();
             }
             Completeness::Incomplete { unread } if self.sync != Sync::Done => {
                 let held = self.workers.iter().any(Worker::inherits);
@@ -234,6 +261,7 @@ impl Reconcile {
                 for worker in self.workers.iter().filter(|worker| is_complete && worker.inherits()) {
                     worker.publish(published.clone());
                 }
+                self.journal.settled();
                 return;
             }
             Some(published) => published.generation + 1,
@@ -251,6 +279,7 @@ impl Reconcile {
             board.protect(subjects.values().flatten().copied().collect());
         }
         let target = Target { generation, goal };
+        self.journal.published(generation);
         for worker in self.workers.iter().filter(|worker| is_complete || !worker.inherits()) {
             worker.publish(target.clone());
         }
@@ -259,6 +288,7 @@ impl Reconcile {
 
     fn replace_problems(&mut self, origin: String, problems: Vec<Problem>) {
         let old = self.problems.remove(&origin).unwrap_or_default();
+        self.journal.problems(self.compiler.world(), &origin, &old, &problems);
         for problem in problems.iter().filter(|problem| !old.contains(problem)) {
             warn!(
                 origin,
@@ -324,6 +354,7 @@ impl Reconcile {
                     Sync::Waiting | Sync::Done => Vec::new(),
                 },
                 problems: problems.collect(),
+                watches: self.watches.status(),
             },
             warnings: self.warnings.iter().map(ToString::to_string).collect(),
             world: WorldStatus {

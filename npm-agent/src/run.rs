@@ -1,5 +1,6 @@
 //! Puts the agent together: the only place that knows every part.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -18,16 +19,19 @@ use crate::backend::iptables::{Iptables, Options};
 use crate::backend::succession::Succession;
 use crate::backend::{Backend, BackendError, Removed, ebpf};
 use crate::config::file::PLACED_BEHIND;
-use crate::config::value::{BackendKind, ChainPlacement, DeniedConnections, IptablesVariant};
+use crate::config::value::{BackendKind, ChainPlacement, DeniedConnections, IptablesVariant, Scraping};
 use crate::config::{Flags, HostNames, Settings, Source};
 use crate::escape::{self, Board, Engine};
 use crate::exec::Tools;
+use crate::metrics::Metrics;
 use crate::reconcile::backoff::Backoff;
 use crate::reconcile::worker::{Stopped, Timing, Worker};
 use crate::reconcile::{Channels, Identity, Reconcile};
+use crate::source::Event;
+use crate::source::kube::{self, Credentials};
 use crate::source::manifests;
 use crate::status::server::Server;
-use crate::{disturbance, lock, logging};
+use crate::{disturbance, http, lock, logging};
 
 /// How many messages of a source may wait: a source that is ahead of the loop waits too.
 const MAX_EVENTS: usize = 1024;
@@ -92,7 +96,8 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
     let board = board.context("making the list of what escapes judgement")?;
     escape::start(board.clone(), settings.verify_interval, Tools::default())
         .context("starting the thread that looks for what escapes judgement")?;
-    let worker = Worker::start(backend, timing).context("starting the backend's thread")?;
+    let metrics = Arc::new(Metrics::new());
+    let worker = Worker::start(backend, timing, &metrics).context("starting the backend's thread")?;
     let disturbed = worker.clone();
     disturbance::watch(move || disturbed.verify_soon())
         .context("starting the thread that hears of changes of rules")?;
@@ -105,14 +110,19 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
         known_differences: known_differences(settings),
     };
     let channels = Channels { events: events_end, refresh, asks: asks_end };
-    let ended = Reconcile::new(identity, vec![worker.clone()])
+    let ended = Reconcile::new(identity, vec![worker.clone()], Arc::clone(&metrics))
         .with_board(board)
         .start(channels)
         .context("starting the reconcile thread")?;
-    let source = match &settings.source {
-        Source::Manifests(directory) => manifests::run(directory.clone(), events, refresh_end),
-    };
-    runtime.spawn(server.serve(asks));
+    let source = source(settings.source.clone(), events, refresh_end);
+    runtime.spawn(server.serve(asks.clone()));
+    if let Some(address) = settings.listening {
+        let scraped = match settings.scraping {
+            Scraping::Served => Some(metrics),
+            Scraping::Refused => None,
+        };
+        runtime.spawn(http::serve(address, asks, scraped));
+    }
     info!(socket = %settings.socket.display(), "status socket");
 
     let outcome = runtime.block_on(async {
@@ -122,7 +132,7 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
             _ = interrupt.recv() => { info!("SIGINT: ending; what is programmed stays"); Ok(()) }
             outcome = source => match outcome.context("running the source")? {
                 Ok(()) => bail!("the source has ended; what is programmed stays"),
-                Err(error) => Err(error.into()),
+                Err(error) => Err(error),
             },
             ended = ended => bail!("the reconcile loop has ended ({ended:?}); what is programmed stays"),
         }
@@ -131,6 +141,25 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
         warn!("the backend is still at work; the next start goes on from there");
     }
     outcome
+}
+
+/// What the source does until it ends, which it does not by itself.
+async fn source(
+    source: Source,
+    events: mpsc::Sender<Event>,
+    refresh: mpsc::Receiver<u64>,
+) -> anyhow::Result<()> {
+    match source {
+        Source::Manifests(directory) => Ok(manifests::run(directory, events, refresh).await?),
+        Source::Kube { kubeconfig, watch_timeout } => {
+            let credentials = match kubeconfig {
+                Some(path) => Credentials::Kubeconfig(path),
+                None => Credentials::InCluster,
+            };
+            let options = kube::Options { credentials, watch_timeout };
+            Ok(kube::run(options, events, refresh).await?)
+        }
+    }
 }
 
 /// How the configuration makes this agent differ from what the API promises.

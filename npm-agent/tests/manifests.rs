@@ -65,7 +65,7 @@ impl Told {
                 self.completeness = Some(completeness);
                 None
             }
-            event @ Event::Refreshed(_) => Some(event),
+            event @ (Event::Refreshed(_) | Event::Watch { .. }) => Some(event),
         }
     }
 
@@ -82,7 +82,13 @@ impl Told {
         loop {
             match self.next().await {
                 Some(Event::Refreshed(number)) if number == self.number => return,
-                Some(Event::Changes(_) | Event::Problems { .. } | Event::InSync(_) | Event::Refreshed(_))
+                Some(
+                    Event::Changes(_)
+                    | Event::Problems { .. }
+                    | Event::InSync(_)
+                    | Event::Watch { .. }
+                    | Event::Refreshed(_),
+                )
                 | None => {}
             }
         }

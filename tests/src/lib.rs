@@ -1,11 +1,14 @@
 //! The lab and what the tests share.
 
+pub mod apiserver;
 pub mod bench;
+pub mod chaos;
 pub mod exec;
 pub mod features;
 pub mod frames;
 pub mod kubernetes;
 pub mod lab;
+pub mod monitoring;
 pub mod opinions;
 pub mod pair;
 pub mod programs;

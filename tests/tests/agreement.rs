@@ -7,10 +7,10 @@
 use std::collections::BTreeMap;
 
 use npm_agent::backend::iptables::render::Rendered;
-use npm_policy::compile::{Compiler, compile};
+use npm_policy::compile::{Census, Compiler, census, compile};
 use npm_policy::flow::{Decision, Judgement};
 use npm_policy::goal::Goal;
-use npm_policy::model::PodKey;
+use npm_policy::model::{Pod, PodKey};
 use npm_policy::verdict::oracle;
 use npm_policy::world::{Change, World};
 use npm_tests::features::FEATURES;
@@ -140,6 +140,10 @@ fn assert_equal(compiler: &Compiler, node: &str, step: usize) -> Result<(), Test
     let (goal, warnings) = compile(compiler.world(), node);
     prop_assert_eq!(&compiler.goal(), &goal, "after change {}", step);
     prop_assert_eq!(compiler.warnings(), warnings, "warnings after change {}", step);
+    // A wrong count stays wrong while its set exists: every few changes is often enough, and half as slow.
+    if step % 4 == 3 {
+        prop_assert_eq!(compiler.census(), census(compiler.world()), "census after change {}", step);
+    }
     Ok(())
 }
 
@@ -148,9 +152,38 @@ fn incremental_equals_full_after_every_change() {
     check("incremental = full", 1500, sequence(1..60), |changes| {
         let mut compiler = Compiler::new(NODES[0]);
         for (step, change) in changes.into_iter().enumerate() {
+            let (goal, writes) = (compiler.goal(), compiler.writes());
             compiler.apply([change]);
             assert_equal(&compiler, NODES[0], step)?;
+            prop_assert!(goal == compiler.goal() || writes < compiler.writes(), "unnoticed: change {}", step);
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn the_census_is_what_a_node_with_every_pod_would_program() {
+    check("census", 300, world(), |changes| {
+        let compilers = NODES.map(|node| {
+            let mut compiler = Compiler::new(node);
+            compiler.apply(changes.clone());
+            compiler
+        });
+        let counted = compilers[0].census();
+        prop_assert_eq!(&counted, &compilers[1].census(), "two nodes count differently");
+        let gathered = changes.into_iter().map(|change| match change {
+            Change::Pod(key, Some(pod)) => Change::Pod(key, Some(Pod { node: Some(NODES[0].into()), ..pod })),
+            Change::Pod(_, None) | Change::Namespace(..) | Change::Policy(..) => change,
+        });
+        let world = world_of(gathered);
+        prop_assert_eq!(&counted, &census(&world), "where pods run counts");
+        let (goal, _) = compile(&world, NODES[0]);
+        for (key, set) in &goal.sets {
+            let count = &counted.sets[key];
+            prop_assert_eq!((count.v4, count.v6), (set.v4.len(), set.v6.len()), "{}", count.names.name);
+        }
+        let entries: usize = counted.sets.values().map(|count| count.v4 + count.v6).sum();
+        prop_assert_eq!(counted.entries, entries);
         Ok(())
     });
 }
@@ -162,6 +195,7 @@ fn the_goal_depends_on_the_world_only() {
         emptied.apply(changes.clone());
         emptied.apply(changes.iter().map(gone));
         prop_assert_eq!(&emptied.goal(), &Goal::default(), "an emptied world leaves something");
+        prop_assert_eq!(emptied.census(), Census::default(), "an emptied world leaves something counted");
         let mut ends = forms(&changes).into_iter().map(|(name, batches)| {
             let mut compiler = Compiler::new(NODES[0]);
             batches.into_iter().for_each(|batch| compiler.apply(batch));
@@ -171,6 +205,7 @@ fn the_goal_depends_on_the_world_only() {
         for (name, other) in ends {
             prop_assert_eq!(&direct.goal(), &other.goal(), "{}", name);
             prop_assert_eq!(direct.warnings(), other.warnings(), "{}", name);
+            prop_assert_eq!(direct.census(), other.census(), "{}", name);
         }
         Ok(())
     });

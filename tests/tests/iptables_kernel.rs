@@ -29,6 +29,8 @@ mod failures;
 mod neighbours;
 #[path = "iptables_kernel/sequences.rs"]
 mod sequences;
+#[path = "iptables_kernel/writes.rs"]
+mod writes;
 
 /// Runs `test` for both variants, each in a fresh network namespace.
 fn in_namespace(test: fn(Variant)) {

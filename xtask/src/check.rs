@@ -13,7 +13,7 @@ use crate::exec::Program;
 use crate::sink::Sink;
 use crate::summary::Counts;
 use crate::tree::Tree;
-use crate::{ebpf, packages};
+use crate::{ebpf, manifests, packages};
 
 /// One step of the check.
 struct Step {
@@ -78,6 +78,7 @@ const STEPS: &[Step] = &[
             Ok(None)
         },
     },
+    Step { name: "manifests", needs: &["setup"], run: |tree, log| manifests::check(tree, log).map(Some) },
     Step { name: "ebpf", needs: &[], run: |tree, log| ebpf::check(tree, log).map(Some) },
     Step { name: "clippy-ebpf", needs: &["ebpf"], run: ebpf::lint },
     Step {
@@ -93,7 +94,12 @@ const STEPS: &[Step] = &[
         needs: &["build"],
         run: |tree, log| {
             // Tests of the lab find the agent's binary beside their own: the step before has built it.
-            tree.cargo().args(["test", "--locked", "--workspace", "--no-fail-fast"]).run(log)?;
+            let mut cargo = tree.cargo();
+            // Without them the step `manifests` has failed, and said why.
+            if let Ok(tools) = manifests::tools(tree, log) {
+                cargo = cargo.env(manifests::TOOLS, tools);
+            }
+            cargo.args(["test", "--locked", "--workspace", "--no-fail-fast"]).run(log)?;
             // The tests themselves say so too, but a test runner hides what a test that passes prints.
             Ok((!packages::is_root()?)
                 .then(|| "SKIPPED, NOT TESTED: everything that needs root (the lab, kernels)".to_owned()))

@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 
 use crate::sink::Sink;
 use crate::tree::Tree;
-use crate::{check, clean_lab, demo, ebpf, packages};
+use crate::{chaos, check, clean_lab, demo, ebpf, manifests, packages};
 
 /// Project tasks of npm-agent.
 #[derive(Parser)]
@@ -52,6 +52,17 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Let the agent follow an API server that changes and fails at random, for long (needs root)
+    Chaos {
+        /// How many changes
+        #[arg(long, default_value_t = 10_000)]
+        changes: u32,
+        /// Repeat the run with this seed
+        #[arg(long)]
+        seed: Option<u64>,
+    },
+    /// Build every kustomization of deploy/ and check it against the Kubernetes schemas
+    Manifests,
     /// Delete lab network namespaces whose process is gone
     CleanLab,
 }
@@ -67,6 +78,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         Task::Demo { arguments } => demo::run(&tree, &arguments),
         Task::Mutants { arguments } => demo::mutants(&tree, &arguments),
         Task::Bench { arguments } => demo::bench(&tree, &arguments),
+        Task::Chaos { changes, seed } => chaos::run(&tree, changes, seed),
         Task::Setup { ebpf } => {
             packages::install_missing(&Sink::Terminal)?;
             if ebpf {
@@ -81,6 +93,11 @@ pub(crate) fn run() -> Result<ExitCode> {
             } else {
                 println!("{}", ebpf::write(&tree, &Sink::Terminal)?);
             }
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Manifests => {
+            packages::install_missing(&Sink::Terminal)?;
+            println!("{}", manifests::check(&tree, &Sink::Terminal)?);
             Ok(ExitCode::SUCCESS)
         }
         Task::CleanLab => {

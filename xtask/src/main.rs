@@ -3,12 +3,14 @@
 
 mod bpf_linker;
 mod bpf_object;
+mod chaos;
 mod check;
 mod clean_lab;
 mod cli;
 mod demo;
 mod ebpf;
 mod exec;
+mod manifests;
 mod packages;
 mod rust_src;
 mod sink;

@@ -9,6 +9,7 @@
 //! ```
 
 mod anchor;
+mod census;
 mod contribution;
 mod incremental;
 mod matching;
@@ -19,6 +20,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+pub use census::{Census, SetCount, census};
 pub(crate) use contribution::in_block;
 pub use incremental::Compiler;
 

@@ -61,7 +61,7 @@ namespaced_key!(
 );
 
 /// A pod, as far as policy is concerned.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Pod {
     /// Who it is.
     pub key: PodKey,
@@ -117,7 +117,7 @@ pub struct NamedPort {
 }
 
 /// A namespace.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Namespace {
     /// Its name.
     pub name: Arc<str>,
@@ -135,7 +135,7 @@ impl Namespace {
 }
 
 /// A NetworkPolicy.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Policy {
     /// Who it is; it selects pods of its own namespace only.
     pub key: PolicyKey,
@@ -149,7 +149,7 @@ pub struct Policy {
 }
 
 /// One ingress or egress rule: allows the flows that match `peers` AND `ports`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Rule {
     /// `from` or `to`.
     pub peers: Peers,
@@ -158,7 +158,7 @@ pub struct Rule {
 }
 
 /// Whom a rule allows.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Peers {
     /// The union of these peers; nobody, if there is none.
     Only(Vec<Peer>),
@@ -167,7 +167,7 @@ pub enum Peers {
 }
 
 /// One entry of `from` or `to`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Peer {
     /// Pods that match `pods` in the namespaces of `namespaces`.
     Pods {
@@ -199,7 +199,7 @@ pub struct Block {
 }
 
 /// Which ports a rule allows.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Ports {
     /// The union of these ports; none, if there is none.
     Only(Vec<Port>),

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::model::{Labels, Namespace, Pod, PodKey, PodNetwork, PodPhase, Policy, PolicyKey};
 
 /// One object as it is from now on; `None`: it is gone.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Change {
     /// A pod.
     Pod(PodKey, Option<Pod>),
@@ -33,6 +33,17 @@ pub struct World {
     /// Who claims an address, the holder last: (created, key), see [`World::holder`].
     claims: BTreeMap<IpAddr, BTreeSet<(i64, PodKey)>>,
     pods_by_label: BTreeMap<Label, BTreeSet<PodKey>>,
+}
+
+/// How many objects of each kind there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct WorldSize {
+    /// Pods of all nodes, those that have ended or are on the host's network included.
+    pub pods: usize,
+    /// Namespaces that were seen.
+    pub namespaces: usize,
+    /// Policies, those that select nothing included.
+    pub policies: usize,
 }
 
 impl PartialEq for World {
@@ -65,6 +76,11 @@ impl World {
                 None => drop(self.policies.remove(&key)),
             },
         }
+    }
+
+    /// How many objects of each kind there are, without counting them.
+    pub fn size(&self) -> WorldSize {
+        WorldSize { pods: self.pods.len(), namespaces: self.namespaces.len(), policies: self.policies.len() }
     }
 
     /// All pods, in order of their keys.

@@ -15,7 +15,7 @@ use npm_policy::flow::{Decision, Flow, Transport};
 use npm_policy::goal::Goal;
 use npm_policy::model::Protocol;
 
-use super::{Applied, Backend, BackendError, Removed};
+use super::{Applied, Backend, BackendError, Removed, Write};
 use crate::conntrack::{Conntrack, ConntrackError, Detail, EXPECTED, Entry, MarkFilter};
 
 /// A backend that cuts. It works in the network namespace of the thread that calls it.
@@ -106,6 +106,10 @@ impl Backend for Cutting {
         let applied = self.inner.verify()?;
         self.cut()?;
         Ok(applied)
+    }
+
+    fn writes(&mut self) -> Vec<Write> {
+        self.inner.writes()
     }
 
     fn decide(&mut self, flow: &Flow) -> Result<Decision, BackendError> {

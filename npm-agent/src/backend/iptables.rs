@@ -9,8 +9,9 @@
 //! Everything but `readback`, `write` and `variant` is pure. The state is read before every change: what someone else did
 //! in between is repaired by the same plan that carries the change out.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::{Family, Goal};
@@ -22,7 +23,7 @@ use self::readback::Sets;
 use self::render::{Form, Rendered};
 use self::state::{Line, Name, Rule, State, Target};
 use self::variant::Variant;
-use super::{Applied, Backend, BackendError, Removed};
+use super::{Applied, Backend, BackendError, Removed, Write, Written};
 use crate::exec::Tools;
 
 pub mod drift;
@@ -86,6 +87,8 @@ pub struct Iptables {
     known: Known,
     /// Drift that applies have found which then failed: the next success tells of it.
     untold: Vec<String>,
+    /// What was written since somebody asked.
+    writes: RefCell<Vec<Write>>,
 }
 
 impl Iptables {
@@ -109,7 +112,17 @@ impl Iptables {
             others.extend(readback::leftovers(&tools, variant.other(), *family, &sets)?);
         }
         let known = Known::inherited(states, &others);
-        Ok(Self { tools, variant, placement, form, lock_wait, families, known, untold: Vec::new() })
+        Ok(Self {
+            tools,
+            variant,
+            placement,
+            form,
+            lock_wait,
+            families,
+            known,
+            untold: Vec::new(),
+            writes: RefCell::default(),
+        })
     }
 
     /// The iptables that is used.
@@ -247,7 +260,8 @@ impl Iptables {
             Step::Sets(mut ops) => {
                 self.spare(&mut ops, left)?;
                 if !ops.is_empty() {
-                    write::sets(&self.tools, family, &ops).map_err(|error| {
+                    let written = self.timed(Written::Sets, || write::sets(&self.tools, family, &ops));
+                    written.map_err(|error| {
                         let cause = write::held_set(&ops, &error).map_or(Cause::Unknown, Cause::Held);
                         Failure { error, cause }
                     })?;
@@ -304,7 +318,22 @@ impl Iptables {
         family: Family,
         transaction: &Transaction,
     ) -> Result<(), BackendError> {
-        write::rules(&self.tools, variant, family, self.lock_wait, transaction)
+        let makes = transaction.chains.values().any(Option::is_some);
+        let what = if makes { Written::Chains } else { Written::Removals };
+        self.timed(what, || write::rules(&self.tools, variant, family, self.lock_wait, transaction))
+    }
+
+    /// Writes, and notes how long it took.
+    fn timed(
+        &self,
+        what: Written,
+        write: impl FnOnce() -> Result<(), BackendError>,
+    ) -> Result<(), BackendError> {
+        let start = Instant::now();
+        let outcome = write();
+        let took = start.elapsed();
+        self.writes.borrow_mut().push(Write { what, took, failed: outcome.is_err() });
+        outcome
     }
 
     /// What someone else has changed since the kernel held what is believed.
@@ -371,6 +400,10 @@ impl Backend for Iptables {
             left.want_all();
         }
         self.leave(left)
+    }
+
+    fn writes(&mut self) -> Vec<Write> {
+        self.writes.take()
     }
 
     fn decide(&mut self, flow: &Flow) -> Result<Decision, BackendError> {

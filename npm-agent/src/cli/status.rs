@@ -12,7 +12,7 @@ use crate::config::{self, value};
 use crate::reconcile::Freshness;
 use crate::status::Client;
 use crate::status::client::WaitError;
-use crate::status::report::{BackendStatus, EscapeStatus, Report, SourceStatus};
+use crate::status::report::{BackendStatus, EscapeStatus, Report, SourceStatus, WatchStatus};
 
 /// Ask a running agent how it stands
 ///
@@ -104,6 +104,7 @@ fn table(report: &Report, now: SystemTime) -> String {
         ),
         ("goal", format!("number {}", status.generation)),
     ];
+    lines.extend(status.source.watches.iter().map(|watch| ("watch", watch_line(watch))));
     for backend in &status.backends {
         lines.extend(backend_lines(backend, now).into_iter().map(|line| (backend.name.as_str(), line)));
     }
@@ -133,6 +134,17 @@ fn source(source: &SourceStatus) -> String {
         (false, 0) => "not in sync".to_owned(),
         (false, count) => format!("in sync but for what was not readable since the start: {count}"),
     }
+}
+
+fn watch_line(watch: &WatchStatus) -> String {
+    let WatchStatus { name, following, unwatched_ms, failures, lists, last_error } = watch;
+    let seconds = unwatched_ms / 1000;
+    let now = match (following, last_error) {
+        (true, _) => "changes come as they happen".to_owned(),
+        (false, Some(error)) => format!("not watched for {seconds} s: {error}"),
+        (false, None) => format!("being read for {seconds} s"),
+    };
+    format!("{name}: {now}; read {lists} times, {failures} failures")
 }
 
 fn backend_lines(backend: &BackendStatus, now: SystemTime) -> Vec<String> {
@@ -201,6 +213,17 @@ mod tests {
                     object: "NetworkPolicy x/a".into(),
                     message: "is odd".into(),
                 }],
+                watches: vec![
+                    WatchStatus { name: "pods".into(), following: true, lists: 1, ..WatchStatus::default() },
+                    WatchStatus {
+                        name: "namespaces".into(),
+                        unwatched_ms: 2_000,
+                        failures: 3,
+                        lists: 4,
+                        last_error: Some("no answer".into()),
+                        ..WatchStatus::default()
+                    },
+                ],
             },
             warnings: vec!["address 10.0.0.1 is claimed twice".into()],
             world: WorldStatus { pods: 11, namespaces: 12, policies: 13, local_subjects: 14 },
@@ -239,6 +262,8 @@ ready       no: iptables: goal 20 of 21 is programmed; iptables: failed 3 times,
 source      in sync
 objects     11 pods, 12 namespaces, 13 policies; 14 pods of this node are selected
 goal        number 21
+watch       pods: changes come as they happen; read 1 times, 0 failures
+watch       namespaces: not watched for 2 s: no answer; read 4 times, 3 failures
 iptables    goal 20 programmed 50 s ago, in 31 ms (32 set writes, 33 rule writes)
 iptables    51 sets with 52 members, 53 policies with 54 rules
 iptables    read back 10 s ago; 41 repairs of what others changed

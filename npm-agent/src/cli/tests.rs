@@ -152,7 +152,7 @@ fn every_reason_for_not_being_ready_is_explained() {
             instance: String::new(),
             started: std::time::SystemTime::UNIX_EPOCH,
             known_differences: vec![],
-            source: SourceStatus { in_sync: false, unread, problems: vec![] },
+            source: SourceStatus { in_sync: false, unread, ..SourceStatus::default() },
             warnings: vec![],
             world: WorldStatus::default(),
             generation: 5,
@@ -187,7 +187,9 @@ fn the_unit_waits_with_a_command_that_exists_for_less_long_than_systemd() {
 #[test]
 fn what_is_no_value_is_refused_with_what_would_be() {
     for (line, expected) in [
-        ("run --source kube", "the Kubernetes API source is not in this version"),
+        ("run --source api", "\"api\" is none of manifests, kube"),
+        ("run --listening-address all", "is no IP address"),
+        ("run --watch-timeout 10ms", "at least 1s"),
         ("run --backend nft", "\"nft\" is none of iptables"),
         ("run --iptables-variant xtables", "is none of auto, nft, legacy"),
         ("run --verify-interval 5", "whole number with ms, s, m or h"),

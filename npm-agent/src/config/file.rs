@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,10 +11,10 @@ use serde_json::{Map, Value};
 
 use super::keys::{KEYS, Key, Kind, Meaning, PARENTS, Setting};
 use super::value::{
-    BackendKind, ChainPlacement, DeniedConnections, IptablesVariant, LogFormat, LogLevel, SourceKind,
-    ValueError,
+    BackendKind, ChainPlacement, DeniedConnections, IptablesVariant, LogFormat, LogLevel, Scraping,
+    SourceKind, ValueError,
 };
-use super::{ConfigError, parse_verify_interval, value};
+use super::{ConfigError, parse_verify_interval, parse_watch_timeout, value};
 use crate::interfaces::select::Selection;
 
 /// What a config file says; `None` where it says nothing.
@@ -25,6 +26,16 @@ pub struct File {
     pub source: Option<SourceKind>,
     /// `Manifests`.
     pub manifests: Option<PathBuf>,
+    /// `Kubeconfig`.
+    pub kubeconfig: Option<PathBuf>,
+    /// `WatchTimeout`.
+    pub watch_timeout: Option<Duration>,
+    /// `ListeningAddress`.
+    pub listening_address: Option<IpAddr>,
+    /// `ListeningPort`.
+    pub listening_port: Option<u16>,
+    /// `Toggles.EnablePrometheusMetrics`.
+    pub scraping: Option<Scraping>,
     /// `Node`.
     pub node: Option<String>,
     /// `Instance`.
@@ -157,6 +168,24 @@ impl Reader<'_> {
             Setting::Backend => self.file.backend = Some(self.parsed(name, value, str::parse)?),
             Setting::Source => self.file.source = Some(self.parsed(name, value, str::parse)?),
             Setting::Manifests => self.file.manifests = Some(self.parsed(name, value, path)?),
+            Setting::Kubeconfig => self.file.kubeconfig = Some(self.parsed(name, value, path)?),
+            Setting::WatchTimeout => {
+                self.file.watch_timeout = Some(self.parsed(name, value, parse_watch_timeout)?);
+            }
+            Setting::ListeningAddress => {
+                self.file.listening_address = Some(self.parsed(name, value, value::parse_address)?);
+            }
+            Setting::ListeningPort => {
+                let port = value.as_u64().and_then(|port| u16::try_from(port).ok());
+                let port = port.ok_or_else(|| self.wrong_type(name, Kind::Port, value))?;
+                self.file.listening_port = Some(port);
+            }
+            Setting::EnablePrometheusMetrics => {
+                self.file.scraping = Some(match self.boolean(name, value)? {
+                    true => Scraping::Served,
+                    false => Scraping::Refused,
+                });
+            }
             Setting::Node => self.file.node = Some(self.parsed(name, value, value::parse_node)?),
             Setting::Instance => {
                 self.file.instance = Some(self.parsed(name, value, value::parse_instance)?)
@@ -177,16 +206,19 @@ impl Reader<'_> {
             }
             Setting::LogLevel => self.file.log_level = Some(self.parsed(name, value, str::parse)?),
             Setting::LogFormat => self.file.log_format = Some(self.parsed(name, value, str::parse)?),
-            Setting::PlaceAzureChainFirst => match value.as_bool() {
-                Some(true) => self.file.placement = Some(ChainPlacement::First),
-                Some(false) => {
+            Setting::PlaceAzureChainFirst => match self.boolean(name, value)? {
+                true => self.file.placement = Some(ChainPlacement::First),
+                false => {
                     self.file.placement = Some(ChainPlacement::AfterKubeServices);
                     self.notice(name.to_owned(), PLACED_BEHIND);
                 }
-                None => return Err(self.wrong_type(name, Kind::Boolean, value)),
             },
         }
         Ok(())
+    }
+
+    fn boolean(&self, key: &str, value: &Value) -> Result<bool, ConfigError> {
+        value.as_bool().ok_or_else(|| self.wrong_type(key, Kind::Boolean, value))
     }
 
     fn parsed<T>(

@@ -46,6 +46,16 @@ pub enum Setting {
     Source,
     /// `--manifests`.
     Manifests,
+    /// `--kubeconfig`.
+    Kubeconfig,
+    /// `--watch-timeout`.
+    WatchTimeout,
+    /// `--listening-address`.
+    ListeningAddress,
+    /// `--listening-port`.
+    ListeningPort,
+    /// Whether the HTTP server answers Prometheus: it has no flag, because operators know the toggle.
+    EnablePrometheusMetrics,
     /// `--node`.
     Node,
     /// `--instance`.
@@ -77,6 +87,11 @@ impl Setting {
             Self::Backend => Some("backend"),
             Self::Source => Some("source"),
             Self::Manifests => Some("manifests"),
+            Self::Kubeconfig => Some("kubeconfig"),
+            Self::WatchTimeout => Some("watch-timeout"),
+            Self::ListeningAddress => Some("listening-address"),
+            Self::ListeningPort => Some("listening-port"),
+            Self::EnablePrometheusMetrics => None,
             Self::Node => Some("node"),
             Self::Instance => Some("instance"),
             Self::Socket => Some("socket"),
@@ -141,8 +156,8 @@ pub const KEYS: &[Key] = &[
         "ResyncPeriodInMinutes",
         "objects are watched, not listed again; the kernel is verified every VerifyInterval",
     ),
-    not_yet("ListeningPort", Kind::Port, "10091", "the metrics server"),
-    not_yet("ListeningAddress", Kind::Text, "\"0.0.0.0\"", "the metrics server"),
+    setting("ListeningPort", Setting::ListeningPort),
+    setting("ListeningAddress", Setting::ListeningAddress),
     nothing("Transport.Address", FAN_OUT),
     nothing("Transport.Port", FAN_OUT),
     nothing("Transport.ServicePort", FAN_OUT),
@@ -154,9 +169,9 @@ pub const KEYS: &[Key] = &[
     nothing("MaxPendingNetPols", MERGED),
     nothing("NetPolInvervalInMilliseconds", MERGED),
     setting("LogLevel", Setting::LogLevel),
-    not_yet("Toggles.EnablePrometheusMetrics", Kind::Boolean, "true", "the metrics server"),
+    setting("Toggles.EnablePrometheusMetrics", Setting::EnablePrometheusMetrics),
     nothing("Toggles.EnablePprof", "it is a profiler of the Go runtime"),
-    not_yet("Toggles.EnableHTTPDebugAPI", Kind::Boolean, "true", "the metrics server"),
+    not_yet("Toggles.EnableHTTPDebugAPI", Kind::Boolean, "true", "the debug API"),
     nothing("Toggles.EnableV2NPM", "there is one implementation only"),
     setting("Toggles.PlaceAzureChainFirst", Setting::PlaceAzureChainFirst),
     nothing("Toggles.ApplyIPSetsOnNeed", "only sets that a programmed rule uses are ever made"),
@@ -166,6 +181,8 @@ pub const KEYS: &[Key] = &[
     setting("Backend", Setting::Backend),
     setting("Source", Setting::Source),
     setting("Manifests", Setting::Manifests),
+    setting("Kubeconfig", Setting::Kubeconfig),
+    setting("WatchTimeout", Setting::WatchTimeout),
     setting("Node", Setting::Node),
     setting("Instance", Setting::Instance),
     setting("Socket", Setting::Socket),

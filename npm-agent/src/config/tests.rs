@@ -31,6 +31,8 @@ fn nothing_said_gives_the_defaults() {
     let expected = Settings {
         backend: BackendKind::Iptables,
         source: Source::Manifests("m".into()),
+        listening: Some("0.0.0.0:10091".parse().unwrap()),
+        scraping: Scraping::Served,
         node: "from-env".into(),
         instance: "npm-agent".into(),
         socket: "/run/npm-agent/npm-agent.sock".into(),
@@ -65,12 +67,15 @@ fn null_is_absent() {
 #[test]
 fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
     let text = r#"{"Backend": "iptables", "Source": "manifests", "Manifests": "dir", "Node": "n1", "Instance": "i1",
+        "ListeningAddress": "::1", "ListeningPort": 9000, "Kubeconfig": "kc", "WatchTimeout": "9s",
         "Socket": "s1", "IptablesVariant": "nft", "VerifyInterval": "5s", "ProofBit": "0x20", "DeniedConnections": "Cut", "ExcludeInterfaces": "docker*, mgmt0", "LogLevel": "Debug", "LogFormat": "json",
-        "Toggles": {"PlaceAzureChainFirst": true}}"#;
+        "Toggles": {"PlaceAzureChainFirst": true, "EnablePrometheusMetrics": false}}"#;
     let settings = Settings::resolve(Flags::default(), file(text).unwrap(), None, &host()).unwrap();
     let of_file = Settings {
         backend: BackendKind::Iptables,
         source: Source::Manifests("dir".into()),
+        listening: Some("[::1]:9000".parse().unwrap()),
+        scraping: Scraping::Refused,
         node: "n1".into(),
         instance: "i1".into(),
         socket: "s1".into(),
@@ -92,6 +97,10 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         backend: Some(BackendKind::Iptables),
         source: Some(SourceKind::Manifests),
         manifests: Some("flag".into()),
+        kubeconfig: Some("kube-flag".into()),
+        watch_timeout: Some(Duration::from_secs(8)),
+        listening_address: Some("127.0.0.1".parse().unwrap()),
+        listening_port: Some(9001),
         node: Some("n2".into()),
         instance: Some("i2".into()),
         socket: Some("s2".into()),
@@ -103,9 +112,10 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         log_level: Some(LogLevel::Trace),
         log_format: Some(LogFormat::Human),
     };
-    let settings = Settings::resolve(flags, file(text).unwrap(), None, &host()).unwrap();
+    let settings = Settings::resolve(flags.clone(), file(text).unwrap(), None, &host()).unwrap();
     let of_flags = Settings {
         source: Source::Manifests("flag".into()),
+        listening: Some("127.0.0.1:9001".parse().unwrap()),
         node: "n2".into(),
         instance: "i2".into(),
         socket: "s2".into(),
@@ -119,6 +129,24 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         ..of_file
     };
     assert_eq!(settings, of_flags);
+
+    let kube = |flags: Flags| {
+        let flags = Flags { source: Some(SourceKind::Kube), ..flags };
+        Settings::resolve(flags, file(text).unwrap(), None, &host()).unwrap().source
+    };
+    let expected = |path: &str, seconds| Source::Kube {
+        kubeconfig: Some(path.into()),
+        watch_timeout: Duration::from_secs(seconds),
+    };
+    assert_eq!((kube(Flags::default()), kube(flags)), (expected("kc", 9), expected("kube-flag", 8)));
+}
+
+#[test]
+fn without_a_kubeconfig_it_is_the_service_account_and_without_a_port_nobody_listens() {
+    let flags = Flags { source: Some(SourceKind::Kube), listening_port: Some(0), ..Flags::default() };
+    let settings = Settings::resolve(flags, File::default(), None, &host()).unwrap();
+    let source = Source::Kube { kubeconfig: None, watch_timeout: Duration::from_secs(290) };
+    assert_eq!((settings.source, settings.listening), (source, None));
 }
 
 #[test]
@@ -175,17 +203,10 @@ fn azure_npms_own_file_is_taken_and_each_key_without_effect_is_named_once() {
 
 #[test]
 fn what_is_not_there_yet_is_named_when_it_is_not_the_default() {
-    for (text, key) in [
-        (r#"{"ListeningPort": 9000}"#, "ListeningPort"),
-        (r#"{"listeningaddress": "::1"}"#, "listeningaddress"),
-        (r#"{"Toggles": {"EnablePrometheusMetrics": false}}"#, "Toggles.EnablePrometheusMetrics"),
-        (r#"{"TOGGLES": {"enablehttpdebugapi": false}}"#, "TOGGLES.enablehttpdebugapi"),
-    ] {
-        let notices = file(text).unwrap().notices;
-        assert_eq!(notices.len(), 1, "{text}");
-        assert_eq!(notices[0].key, key);
-        assert!(notices[0].reason.contains("not used yet"), "{}", notices[0]);
-    }
+    let notices = file(r#"{"TOGGLES": {"enablehttpdebugapi": false}}"#).unwrap().notices;
+    assert_eq!(notices.len(), 1);
+    assert_eq!(notices[0].key, "TOGGLES.enablehttpdebugapi");
+    assert!(notices[0].reason.contains("not used yet"), "{}", notices[0]);
 }
 
 #[test]
@@ -224,6 +245,11 @@ fn what_cannot_be_meant_is_an_error_that_names_the_key() {
             r#"{"Backend": "nftables"}"#,
             r#"config file npm.json: Backend: "nftables" is none of iptables, ebpf"#,
         ),
+        (
+            r#"{"ListeningAddress": "all"}"#,
+            r#"config file npm.json: ListeningAddress: "all" is no IP address"#,
+        ),
+        (r#"{"WatchTimeout": "10ms"}"#, "config file npm.json: WatchTimeout: at least 1s is needed"),
         (r#"{"VerifyInterval": "1ms"}"#, "config file npm.json: VerifyInterval: at least 100ms is needed"),
         (
             r#"{"ExcludeInterfaces": "eth["}"#,

@@ -2,6 +2,7 @@
 //! the config file.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -64,10 +65,10 @@ choice! {
     SourceKind {
         /// A directory of manifests.
         Manifests = "manifests",
+        /// A cluster's API server.
+        Kube = "kube",
     }
-    refused {
-        "kube" => "the Kubernetes API source is not in this version of npm-agent; use manifests",
-    }
+    refused {}
 }
 
 choice! {
@@ -90,6 +91,17 @@ choice! {
         First = "first",
         /// Behind the jump to KUBE-SERVICES, as Azure NPM's `PlaceAzureChainFirst: false`.
         AfterKubeServices = "after-kube-services",
+    }
+    refused {}
+}
+
+choice! {
+    /// Whether the HTTP server tells Prometheus what was counted and measured.
+    Scraping {
+        /// It does.
+        Served = "served",
+        /// It does not: its paths are unknown.
+        Refused = "refused",
     }
     refused {}
 }
@@ -192,6 +204,14 @@ pub fn parse_proof_bit(text: &str) -> Result<ProofBit, ValueError> {
     bit.ok_or_else(|| ValueError::ProofBit { text: text.to_owned() })
 }
 
+/// Reads an address to listen on.
+///
+/// # Errors
+/// It is no IP address.
+pub fn parse_address(text: &str) -> Result<IpAddr, ValueError> {
+    text.parse().map_err(|_error| ValueError::Address { text: text.to_owned() })
+}
+
 /// Why a text is no value of a setting.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ValueError {
@@ -231,6 +251,12 @@ pub enum ValueError {
     #[error("{text:?} is no instance name: up to 63 lower-case letters, digits, '-' and '.'")]
     Instance {
         /// What is there.
+        text: String,
+    },
+    /// No address.
+    #[error("{text:?} is no IP address")]
+    Address {
+        /// As given.
         text: String,
     },
     /// No pattern of interface names.

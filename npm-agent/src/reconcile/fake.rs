@@ -15,7 +15,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::backoff::Backoff;
 use super::worker::{Timing, Worker};
 use super::{Ask, Channels, Ended, Freshness, Identity, Reconcile};
-use crate::backend::{Applied, Backend, BackendError, Degraded, Removed};
+use crate::backend::{Applied, Backend, BackendError, Degraded, Removed, Write};
+use crate::metrics::Metrics;
 use crate::source::{Completeness, Event};
 use crate::status::report::{BackendStatus, Status};
 
@@ -128,6 +129,10 @@ impl Backend for Fake {
         Ok(Applied { set_writes: drift.len(), rule_writes: 0, drift, ..applied })
     }
 
+    fn writes(&mut self) -> Vec<Write> {
+        Vec::new()
+    }
+
     fn decide(&mut self, _: &Flow) -> Result<Decision, BackendError> {
         Err(BackendError::Unsupported { what: "a kernel".into() })
     }
@@ -144,6 +149,7 @@ pub(crate) struct Agent {
     pub(crate) asks: mpsc::Sender<Ask>,
     pub(crate) ended: oneshot::Receiver<Ended>,
     workers: Vec<Worker>,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 /// Retries soon, verifies never.
@@ -154,8 +160,9 @@ pub(crate) const QUICK: Timing = Timing {
 
 impl Agent {
     pub(crate) fn start(backends: &[&Fake], timing: Timing) -> Self {
-        let workers: Vec<Worker> =
-            backends.iter().map(|fake| Worker::start(Box::new((*fake).clone()), timing).unwrap()).collect();
+        let metrics = Arc::new(Metrics::new());
+        let start = |fake: &&Fake| Worker::start(Box::new((*fake).clone()), timing, &metrics).unwrap();
+        let workers: Vec<Worker> = backends.iter().map(start).collect();
         let (events, events_end) = mpsc::channel(4096);
         let (refresh_end, refresh) = mpsc::channel(1);
         let (asks, asks_end) = mpsc::channel(16);
@@ -165,8 +172,8 @@ impl Agent {
             known_differences: vec!["a difference".into()],
         };
         let channels = Channels { events: events_end, refresh: refresh_end, asks: asks_end };
-        let ended = Reconcile::new(identity, workers.clone()).start(channels).unwrap();
-        Self { events, refresh, asks, ended, workers }
+        let ended = Reconcile::new(identity, workers.clone(), Arc::clone(&metrics)).start(channels).unwrap();
+        Self { events, refresh, asks, ended, workers, metrics }
     }
 
     pub(crate) fn send(&self, event: Event) {

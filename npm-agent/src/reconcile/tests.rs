@@ -320,7 +320,7 @@ fn drift_is_repaired_again_and_again_and_counted() {
 fn a_disturbance_is_looked_at_at_once() {
     let fake = Fake::default();
     let timing = Timing { verify_interval: Duration::from_secs(3600), backoff: Backoff::default() };
-    let worker = Worker::start(Box::new(fake.clone()), timing).unwrap();
+    let worker = Worker::start(Box::new(fake.clone()), timing, &Metrics::new()).unwrap();
     // Just after an attempt (here: the start) it is taken for the attempt's own doing, so it is said until it is heard.
     let deadline = std::time::Instant::now() + PATIENCE;
     while fake.verifies() == 0 && std::time::Instant::now() < deadline {
@@ -431,7 +431,7 @@ fn requests_to_refresh_that_come_together_are_one() {
 
 #[test]
 fn who_has_gone_is_not_kept_while_the_source_does_not_answer() {
-    let mut reconcile = Reconcile::new(Identity::default(), Vec::new());
+    let mut reconcile = Reconcile::new(Identity::default(), Vec::new(), Arc::new(Metrics::new()));
     let mut ask = || {
         let (reply, answer) = oneshot::channel();
         reconcile.answer(Ask { freshness: Freshness::Refreshed, reply });

@@ -12,6 +12,7 @@ use tracing::{debug, error, info, warn};
 
 use super::backoff::Backoff;
 use crate::backend::{Applied, Backend, BackendError};
+use crate::metrics::{BackendMetrics, Metrics, Step as Attempt};
 use crate::status::report::{BackendStatus, DegradedStatus, LastApply, Size};
 
 /// At most this many lines about one drift are logged; the rest is counted.
@@ -115,7 +116,7 @@ impl Worker {
     ///
     /// # Errors
     /// The thread could not be started.
-    pub fn start(backend: Box<dyn Backend>, timing: Timing) -> std::io::Result<Self> {
+    pub fn start(backend: Box<dyn Backend>, timing: Timing, metrics: &Metrics) -> std::io::Result<Self> {
         let name = backend.name();
         let inherited = backend.inherits();
         let status = BackendStatus { name: name.to_owned(), inherited, ..BackendStatus::default() };
@@ -135,6 +136,7 @@ impl Worker {
             backend,
             name,
             timing,
+            metrics: metrics.backend(name),
             attempted: 0,
             applied: 0,
             failures: 0,
@@ -211,6 +213,7 @@ struct Thread {
     backend: Box<dyn Backend>,
     name: &'static str,
     timing: Timing,
+    metrics: BackendMetrics,
     /// The generation last tried; 0: none.
     attempted: u64,
     /// The generation that the kernel has; 0: none of this process.
@@ -284,12 +287,15 @@ impl Thread {
         let Target { generation, goal } = target;
         self.attempted = *generation;
         let (at, start) = (SystemTime::now(), self.begin_attempt());
+        self.metrics.begins(Some(*generation));
         let outcome = self.backend.apply(goal);
         let duration = self.end_attempt(start);
         let applied = match outcome {
             Ok(applied) => applied,
-            Err(error) => return self.failed("apply", &error),
+            Err(error) => return self.failed(Attempt::Apply, duration, &error),
         };
+        let size = Size::of(goal);
+        self.metrics.applied(*generation, duration, &applied, size);
         let Applied { set_writes, rule_writes, .. } = applied;
         let duration_ms = millis(duration);
         if set_writes + rule_writes > 0 || self.applied == 0 {
@@ -303,23 +309,25 @@ impl Thread {
             status.inherited = false;
             status.applies += 1;
             status.last_apply = Some(LastApply { at, duration_ms, set_writes, rule_writes });
-            status.size = Size::of(goal);
+            status.size = size;
         });
     }
 
     fn verify(&mut self) {
         let start = self.begin_attempt();
+        self.metrics.begins(None);
         let outcome = self.backend.verify();
         let duration = self.end_attempt(start);
         match outcome {
             Ok(applied) => {
                 debug!(backend = self.name, duration_ms = millis(duration), "verified");
+                self.metrics.verified(duration, &applied);
                 self.succeeded(applied, |status| {
                     status.verifies += 1;
                     status.last_verify = Some(SystemTime::now());
                 });
             }
-            Err(error) => self.failed("verify", &error),
+            Err(error) => self.failed(Attempt::Verify, duration, &error),
         }
     }
 
@@ -333,6 +341,7 @@ impl Thread {
     /// Notes that an attempt has ended; gives how long it took.
     fn end_attempt(&mut self, start: Instant) -> Duration {
         self.ended = Instant::now();
+        self.metrics.wrote(&self.backend.writes());
         let mut state = self.shared.lock();
         state.busy_since = None;
         state.ended = self.ended;
@@ -385,7 +394,12 @@ impl Thread {
         self.shared.changed.notify_all();
     }
 
-    fn failed(&mut self, what: &'static str, error: &BackendError) {
+    fn failed(&mut self, attempt: Attempt, duration: Duration, error: &BackendError) {
+        self.metrics.failed(attempt, duration, error);
+        let what = match attempt {
+            Attempt::Apply => "apply",
+            Attempt::Verify => "verify",
+        };
         self.failures = self.failures.saturating_add(1);
         let delay = self.timing.backoff.delay(self.failures);
         self.retry_at = self.ended + delay;

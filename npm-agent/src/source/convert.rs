@@ -27,13 +27,14 @@ mod node;
 mod policy;
 mod shape;
 mod spelling;
+mod trim;
 mod validate;
 
-pub use self::kind::{Document, document};
+pub use self::kind::{Document, Kind, Received, document, received};
 pub use self::node::Node;
 
 /// What an object gives.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Object {
     /// The object as it is from now on; `None` if not even its name could be read.
     pub change: Option<Change>,
@@ -65,13 +66,7 @@ fn policy_value(mut value: Value, mut findings: Findings) -> Object {
     }
     spell_out(&mut value, &mut findings);
     name_the_nameless(&mut value, &mut findings);
-    let mut fitted = shape::fit(value, &shape::POLICY, &mut findings);
-    if let Some(fields) = fitted.as_object_mut() {
-        // The caller has judged them; k8s-openapi would refuse any but its own.
-        fields.remove("apiVersion");
-        fields.remove("kind");
-    }
-    match serde_json::from_value(fitted) {
+    match serde_json::from_value(shape::fit(value, &shape::POLICY, &mut findings)) {
         Ok(policy) => typed_policy(&policy, findings),
         Err(error) => unreadable("NetworkPolicy", &error),
     }
@@ -95,6 +90,16 @@ fn typed_policy(policy: &networking::NetworkPolicy, mut findings: Findings) -> O
         change: Some(Change::Policy(key, Some(policy))),
         problems: findings.into_problems(&object, STRICT),
     }
+}
+
+/// A policy of which nothing but the name is known: it isolates its namespace in both directions.
+pub fn unknown_policy(namespace: &str, name: &str) -> Object {
+    let both = serde_json::json!(["Ingress", "Egress"]);
+    let value = serde_json::json!({
+        "metadata": {"namespace": namespace, "name": name},
+        "spec": {"podSelector": {}, "policyTypes": both},
+    });
+    policy_value(value, Findings::default())
 }
 
 /// Converts a namespace.

@@ -101,11 +101,12 @@ pub async fn run(
             (store, news)
         })
         .await?;
-        let mut told: Vec<Event> = Vec::new();
+        let problems = news.problems.into_iter();
+        let mut told: Vec<Event> =
+            problems.map(|(origin, problems)| Event::Problems { origin, problems }).collect();
         if !news.changes.is_empty() {
             told.push(Event::Changes(news.changes));
         }
-        told.extend(news.problems.into_iter().map(|(origin, problems)| Event::Problems { origin, problems }));
         told.extend(watch.news(&directory));
         // Once all was read it stays so: what breaks later keeps its objects.
         if completeness != Some(Completeness::Complete) {

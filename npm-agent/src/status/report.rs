@@ -84,7 +84,7 @@ impl Status {
     pub fn reasons(&self, wanted: u64) -> Vec<String> {
         let wanted = wanted.max(1);
         let mut reasons = Vec::new();
-        let SourceStatus { in_sync, unread, problems: _ } = &self.source;
+        let SourceStatus { in_sync, unread, problems: _, watches } = &self.source;
         if !unread.is_empty() {
             let held = self.backends.iter().any(|backend| backend.inherited);
             let so = match held {
@@ -94,6 +94,19 @@ impl Status {
             reasons.push(format!("not readable since the start: {}; {so}", unread.join(", ")));
         } else if !in_sync {
             reasons.push("the source is not in sync".to_owned());
+        }
+        for WatchStatus { name, unwatched_ms, last_error, .. } in watches {
+            let error = last_error.as_ref();
+            match (in_sync, error) {
+                (false, Some(error)) => reasons.push(format!("{name} can't be read: {error}")),
+                (true, _) if *unwatched_ms > MAX_UNWATCHED_MS => {
+                    let (seconds, error) = (unwatched_ms / 1000, error.map_or("being read", String::as_str));
+                    reasons.push(format!(
+                        "{name}: not watched for {seconds} s: {error}; what is known stays in force"
+                    ));
+                }
+                (false, None) | (true, _) => {}
+            }
         }
         for backend in &self.backends {
             let name = &backend.name;
@@ -132,7 +145,30 @@ pub struct SourceStatus {
     pub unread: Vec<String>,
     /// Objects that it could not take as they are, by origin.
     pub problems: Vec<ObjectProblem>,
+    /// Its watches, if it watches an API server.
+    #[serde(default)]
+    pub watches: Vec<WatchStatus>,
 }
+
+/// How a watch of an API server stands.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct WatchStatus {
+    /// What is watched, as `pods`.
+    pub name: String,
+    /// Whether changes come as they happen.
+    pub following: bool,
+    /// For how long they have not, in milliseconds; 0 while they do.
+    pub unwatched_ms: u64,
+    /// Failed attempts since the agent's start.
+    pub failures: u64,
+    /// How often everything was read.
+    pub lists: u64,
+    /// Why it fails, if it does.
+    pub last_error: Option<String>,
+}
+
+/// How long a watch may fail before the agent is not ready: a server that is replaced is back sooner.
+pub const MAX_UNWATCHED_MS: u64 = 60_000;
 
 /// Something that a source could not take as it stands.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

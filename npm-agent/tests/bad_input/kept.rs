@@ -33,6 +33,7 @@ async fn after(text: &str) -> (World, String) {
                 fs::write(&file, text).unwrap();
                 refresh.send(1).await.unwrap();
             }
+            Event::Watch { .. } => {}
             Event::Refreshed(_) => break,
         }
     }

@@ -11,7 +11,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use npm_agent::backend::{Applied, Backend, BackendError, Removed};
+use npm_agent::backend::{Applied, Backend, BackendError, Removed, Write};
 use npm_agent::config::value::{LogFormat, LogLevel};
 use npm_agent::logging;
 use npm_agent::reconcile::backoff::Backoff;
@@ -175,6 +175,10 @@ impl Backend for Panicking {
         panic!("planted")
     }
 
+    fn writes(&mut self) -> Vec<Write> {
+        Vec::new()
+    }
+
     fn decide(&mut self, _: &Flow) -> Result<Decision, BackendError> {
         panic!("planted")
     }
@@ -186,7 +190,7 @@ impl Backend for Panicking {
 
 fn run_panicking() {
     let timing = Timing { verify_interval: Duration::from_secs(30), backoff: Backoff::default() };
-    let worker = Worker::start(Box::new(Panicking), timing).unwrap();
+    let worker = Worker::start(Box::new(Panicking), timing, &npm_agent::metrics::Metrics::new()).unwrap();
     worker.publish(Target { generation: 1, goal: Goal::default() });
     let progress =
         worker.wait(Duration::from_secs(20), |status| status.generation > 0 || status.failures > 0);

@@ -22,7 +22,7 @@ pub struct Settings {
     pub backend: String,
     /// The node's name in the manifests.
     pub node: String,
-    /// Where the manifests are.
+    /// Where the manifests are; empty: `more` names another source.
     pub manifests: PathBuf,
     /// A directory for the socket and the log, which outlives the agent.
     pub directory: PathBuf,
@@ -78,7 +78,10 @@ impl Agent {
         let log = log.with_context(|| format!("opening {}", path.display()))?;
         let text = |path: &Path| path.to_string_lossy().into_owned();
         let mut args: Vec<String> = vec!["run".into(), "--backend".into(), settings.backend.clone()];
-        args.extend(["--source".into(), "manifests".into(), "--manifests".into(), text(&settings.manifests)]);
+        if !settings.manifests.as_os_str().is_empty() {
+            let manifests = text(&settings.manifests);
+            args.extend(["--source".into(), "manifests".into(), "--manifests".into(), manifests]);
+        }
         args.extend(["--node".into(), settings.node.clone()]);
         args.extend(["--socket".into(), text(&socket(settings))]);
         args.extend(settings.more.iter().cloned());
@@ -111,6 +114,19 @@ impl Agent {
     /// The namespace it runs in.
     pub fn netns(&self) -> &Netns {
         &self.netns
+    }
+
+    /// What it says of itself, as JSON: see docs/configuration.md.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn status(&self) -> Result<serde_json::Value> {
+        // The exit code says whether it is ready, which is in the answer too: so a shell that does not care.
+        let (program, socket) = (binary()?, socket(&self.settings));
+        let script = r#""$0" status --output json --socket "$1" || true"#;
+        let args = ["-c", script, &program.to_string_lossy(), &socket.to_string_lossy()];
+        let text = exec::run("sh", &args)?;
+        serde_json::from_str(&text).with_context(|| format!("reading a status {text:?}"))
     }
 
     /// Asks it to end and waits for that.

@@ -13,6 +13,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::anchor::AnchorIndex;
+use super::census::{Census, Counter};
 use super::contribution::{View, contribution};
 use super::matching::selects;
 use super::program::program;
@@ -39,7 +40,9 @@ pub struct Compiler {
     set_index: AnchorIndex<SetKey>,
     /// The sets of named ports of a block's pods, by the port's name.
     block_ports: BTreeMap<Arc<str>, BTreeSet<SetKey>>,
+    counter: Counter,
     operations: u64,
+    writes: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -56,10 +59,10 @@ struct Subjects {
 }
 
 /// What one pod was and is.
-struct Transition {
+pub(super) struct Transition {
     key: PodKey,
-    before: Option<View>,
-    after: Option<View>,
+    pub(super) before: Option<View>,
+    pub(super) after: Option<View>,
 }
 
 impl Compiler {
@@ -76,7 +79,9 @@ impl Compiler {
             references: BTreeMap::new(),
             set_index: AnchorIndex::default(),
             block_ports: BTreeMap::new(),
+            counter: Counter::default(),
             operations: 0,
+            writes: 0,
         }
     }
 
@@ -89,6 +94,7 @@ impl Compiler {
                     let before = self.world.namespace_labels(&name);
                     self.world.apply(Change::Namespace(Arc::clone(&name), namespace));
                     let after = self.world.namespace_labels(&name);
+                    self.counter.relabel_namespace(&self.world, &name, &before, &after);
                     self.relabel_namespace(&name, &before, &after);
                 }
                 Change::Policy(key, policy) => {
@@ -102,6 +108,16 @@ impl Compiler {
     /// The Goal of the world now. A copy costs a few pointers.
     pub fn goal(&self) -> Goal {
         self.goal.clone()
+    }
+
+    /// Counts over the whole cluster's policies now; equal to what [`super::census()`] says. A copy costs a few pointers.
+    pub fn census(&self) -> Census {
+        self.counter.census()
+    }
+
+    /// How often the Goal was written to since the start. A change that leaves this as it was concerns other nodes.
+    pub fn writes(&self) -> u64 {
+        self.writes
     }
 
     /// The world now.
@@ -162,6 +178,7 @@ impl Compiler {
             })
             .filter(|transition| transition.before != transition.after)
             .collect();
+        self.counter.move_members(&transitions);
         self.move_members(&transitions);
         for transition in &transitions {
             self.move_subject(transition);
@@ -210,12 +227,14 @@ impl Compiler {
     fn insert_member(&mut self, key: &SetKey, member: Member) {
         if let Some(set) = self.goal.sets.get_mut(key) {
             set.family_mut(member.family()).insert(member);
+            self.writes += 1;
         }
     }
 
     fn delete_member(&mut self, key: &SetKey, member: &Member) {
         if let Some(set) = self.goal.sets.get_mut(key) {
             set.family_mut(member.family()).remove(member);
+            self.writes += 1;
         }
     }
 
@@ -283,11 +302,13 @@ impl Compiler {
             (true, Some(view)) => {
                 if self.goal.subjects.get(pod) != Some(&view.held) {
                     self.goal.subjects.insert(pod.clone(), view.held);
+                    self.writes += 1;
                 }
             }
             (true, None) | (false, _) => {
                 if self.goal.subjects.contains_key(pod) {
                     self.goal.subjects.remove(pod);
+                    self.writes += 1;
                 }
             }
         }
@@ -306,6 +327,9 @@ impl Compiler {
             old.warnings.clone_from(&new.warnings);
             return;
         }
+        let old_program = self.programs.get(&key).map(|old| Arc::clone(&old.program));
+        let new_program = new.as_ref().map(|new| &*new.program);
+        self.counter.replace(&self.world, old_program.as_deref(), new_program);
         // The new program comes before the old one goes, so that the sets that both name are not filled twice.
         let old = self.programs.remove(&key);
         let was_active = self.goal.programs.contains_key(&key);
@@ -317,11 +341,14 @@ impl Compiler {
             if !self.subjects.get(&expression).is_none_or(|subjects| subjects.pods.is_empty()) {
                 self.refer(&program);
                 self.goal.programs.insert(key.clone(), program);
+                self.writes += 1;
             } else if was_active {
                 self.goal.programs.remove(&key);
+                self.writes += 1;
             }
         } else if was_active {
             self.goal.programs.remove(&key);
+            self.writes += 1;
         }
         if let Some(old) = old {
             let same = self.programs.get(&key).is_some_and(|new| new.subjects == old.subjects);
@@ -381,10 +408,12 @@ impl Compiler {
         let program = Arc::clone(&compiled.program);
         self.refer(&program);
         self.goal.programs.insert(policy.clone(), program);
+        self.writes += 1;
     }
 
     fn deactivate(&mut self, policy: &PolicyKey) {
         if let Some(program) = self.goal.programs.remove(policy) {
+            self.writes += 1;
             self.release(&program);
         }
     }
@@ -493,7 +522,7 @@ impl Compiler {
 }
 
 /// The expression that says which pods are in a set, if one does.
-fn expression_of(key: &SetKey) -> Option<&Expression> {
+pub(super) fn expression_of(key: &SetKey) -> Option<&Expression> {
     match key {
         SetKey::Pods(expression) | SetKey::Local(expression) => Some(expression),
         SetKey::Ports { name: _, of: Holders::Pods(expression) | Holders::Local(expression) } => {
@@ -504,7 +533,7 @@ fn expression_of(key: &SetKey) -> Option<&Expression> {
 }
 
 /// At least the pods that match, by the index that offers the fewest.
-fn likely_pods<'a>(
+pub(super) fn likely_pods<'a>(
     world: &'a World,
     expression: &'a Expression,
 ) -> Box<dyn Iterator<Item = &'a Arc<Pod>> + 'a> {

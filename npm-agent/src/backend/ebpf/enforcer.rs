@@ -19,7 +19,7 @@ use super::pins::Pins;
 use super::rule::Iptables;
 use super::watch::{Watch, interfaces};
 use super::width::Width;
-use crate::backend::{Applied, Backend, BackendError, Removed};
+use crate::backend::{Applied, Backend, BackendError, Removed, Write};
 use crate::exec::Tools;
 use crate::interfaces::select::Selection;
 
@@ -209,6 +209,11 @@ impl Backend for Ebpf {
             }
         }
         Ok(Applied { set_writes, rule_writes, drift, degraded: Vec::new() })
+    }
+
+    /// None: writes to maps take microseconds, and the attempt as a whole is measured.
+    fn writes(&mut self) -> Vec<Write> {
+        Vec::new()
     }
 
     fn decide(&mut self, flow: &Flow) -> Result<Decision, BackendError> {

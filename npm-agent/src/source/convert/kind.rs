@@ -4,8 +4,9 @@ use serde_json::Value;
 
 use super::findings::{Findings, brief, quoted};
 use super::node::{Duplicates, Node};
-use super::shape::described;
+use super::shape::{self, described};
 use super::spelling::{Verdict, judge};
+use super::trim::trimmed;
 use super::{Object, namespace_value, pod_value, policy_value};
 use crate::source::Problem;
 
@@ -22,10 +23,13 @@ pub struct Document {
 }
 
 /// The kinds that decide.
-#[derive(Clone, Copy)]
-enum Kind {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// `v1` Pod.
     Pod,
+    /// `v1` Namespace.
     Namespace,
+    /// `networking.k8s.io/v1` NetworkPolicy.
     NetworkPolicy,
 }
 
@@ -42,7 +46,8 @@ impl Kind {
         }
     }
 
-    fn name(self) -> &'static str {
+    /// Its name in the API.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Pod => "Pod",
             Self::Namespace => "Namespace",
@@ -67,6 +72,32 @@ impl Kind {
             None => false,
         }
     }
+}
+
+/// An object as an API server sent it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Received {
+    /// What it gives.
+    pub object: Object,
+    /// Its `metadata.resourceVersion`.
+    pub version: Option<String>,
+}
+
+/// Converts the JSON of an object of this kind; what decides nothing is skipped while it is parsed.
+///
+/// # Errors
+/// It is not JSON.
+pub fn received(kind: Kind, json: &str) -> Result<Received, serde_json::Error> {
+    let shape = match kind {
+        Kind::Pod => &shape::POD,
+        Kind::Namespace => &shape::NAMESPACE,
+        Kind::NetworkPolicy => &shape::POLICY,
+    };
+    let node = trimmed(json, shape)?;
+    let version = node.field("metadata").and_then(|metadata| metadata.field("resourceVersion"));
+    let version = version.and_then(Node::text).map(str::to_owned);
+    // Items of lists name neither their kind nor the API's version.
+    Ok(Received { object: object(kind, node, Some(kind)).0, version })
 }
 
 /// Converts a document: an object, or a list of objects. Lists may be nested.

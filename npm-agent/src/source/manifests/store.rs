@@ -6,49 +6,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use npm_policy::model::{PodKey, PolicyKey};
 use npm_policy::world::Change;
 use tracing::debug;
 
 use super::text::{self, Parsed};
 use super::tree::{Stamp, Tree, read_text};
+use crate::source::key::Key;
 use crate::source::{Completeness, Problem};
-
-/// Which object, of any kind.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Key {
-    Namespace(Arc<str>),
-    Pod(PodKey),
-    Policy(PolicyKey),
-}
-
-impl Key {
-    fn of(change: &Change) -> Self {
-        match change {
-            Change::Namespace(name, _) => Self::Namespace(Arc::clone(name)),
-            Change::Pod(key, _) => Self::Pod(key.clone()),
-            Change::Policy(key, _) => Self::Policy(key.clone()),
-        }
-    }
-
-    fn gone(self) -> Change {
-        match self {
-            Self::Namespace(name) => Change::Namespace(name, None),
-            Self::Pod(key) => Change::Pod(key, None),
-            Self::Policy(key) => Change::Policy(key, None),
-        }
-    }
-
-    fn name(&self) -> String {
-        match self {
-            Self::Namespace(name) => format!("Namespace {name}"),
-            Self::Pod(key) => format!("Pod {key}"),
-            Self::Policy(key) => format!("NetworkPolicy {key}"),
-        }
-    }
-}
 
 /// One manifest, as last read.
 #[derive(Debug, Default)]

@@ -33,6 +33,11 @@ impl Backoff {
     }
 }
 
+/// This long or up to a quarter longer, so that what many do at intervals is not done by all at once.
+pub fn spread(interval: Duration) -> Duration {
+    interval.mul_f64(1.0 + random() / 4.0)
+}
+
 /// A number from 0 to 1, from the seed that the standard library draws for each hasher.
 fn random() -> f64 {
     let bits = RandomState::new().hash_one(0u8) >> 32;
