@@ -6,7 +6,7 @@
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::Goal;
 
-use super::{Applied, Backend, BackendError, Removed};
+use super::{Applied, Backend, BackendError, Removed, Write};
 
 /// Removes what another backend left, and nothing of the one that follows it; gives how many objects those were.
 pub type Release = Box<dyn FnMut() -> Result<usize, BackendError> + Send>;
@@ -55,6 +55,10 @@ impl Backend for Succession {
 
     fn verify(&mut self) -> Result<Applied, BackendError> {
         self.backend.verify()
+    }
+
+    fn writes(&mut self) -> Vec<Write> {
+        self.backend.writes()
     }
 
     fn decide(&mut self, flow: &Flow) -> Result<Decision, BackendError> {
