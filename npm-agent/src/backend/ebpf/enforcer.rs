@@ -90,7 +90,10 @@ impl Ebpf {
             inherited,
         };
         if inherited {
-            ebpf.attach()?;
+            // Whatever has the program of before keeps it; the next read-back tries again and reports.
+            if let Err(error) = ebpf.attach() {
+                tracing::error!(%error, "an interface keeps an earlier program, or none");
+            }
             ebpf.pins.keep_only(width).map_err(KernelError::from)?;
         }
         Ok(ebpf)
@@ -163,10 +166,15 @@ impl Backend for Ebpf {
         let missing = self.track()?;
         // What fits nowhere is refused by the maps, which then deny whoever is to be isolated.
         let needed = Width::needed(goal).unwrap_or(self.maps.width());
-        let outcome = if needed > self.maps.width() {
-            self.widen(goal, needed)
-        } else {
-            self.maps.apply(goal).map_err(KernelError::from)
+        let widened = (needed > self.maps.width()).then(|| self.widen(goal, needed));
+        let outcome = match widened {
+            Some(Ok(writes)) => Ok(writes),
+            Some(Err(error)) => {
+                tracing::warn!(%error, "no program with wider rows");
+                // What is in force can't hold the goal either: it denies whoever is to be isolated and is not yet.
+                self.maps.apply(goal).map_err(KernelError::from)
+            }
+            None => self.maps.apply(goal).map_err(KernelError::from),
         };
         // A goal that does not fit has isolated all the same; after another failure nobody knows what is in the maps.
         let (writes, unfit) = match outcome {
@@ -176,7 +184,8 @@ impl Backend for Ebpf {
             }
             Err(error) => return Err(error.into()),
         };
-        let rule_writes = self.attach()?;
+        // An interface that refuses the program must not keep the others from enforcing.
+        let attached = self.attach();
         let mut drift = Vec::new();
         if self.datapath.mode()? == Mode::Enforce {
             drift = missing;
@@ -189,15 +198,18 @@ impl Backend for Ebpf {
         }
         self.inherited = false;
         self.goal = Some(goal.clone());
-        match unfit {
-            Some(error) => Err(error.into()),
-            None => Ok(Applied { set_writes: writes.entries, rule_writes, drift, degraded: Vec::new() }),
+        match (unfit, attached) {
+            (Some(error), _) => Err(error.into()),
+            (None, Err(error)) => Err(error),
+            (None, Ok(rule_writes)) => {
+                Ok(Applied { set_writes: writes.entries, rule_writes, drift, degraded: Vec::new() })
+            }
         }
     }
 
     fn verify(&mut self) -> Result<Applied, BackendError> {
         let mut drift = self.track()?;
-        let rule_writes = self.attach()?;
+        let attached = self.attach();
         let mut set_writes = 0;
         if let Some(goal) = &self.goal {
             let (writes, changed) = self.maps.verify(goal).map_err(KernelError::from)?;
@@ -208,7 +220,7 @@ impl Backend for Ebpf {
                 drift.push("the eBPF program was set not to drop".to_owned());
             }
         }
-        Ok(Applied { set_writes, rule_writes, drift, degraded: Vec::new() })
+        Ok(Applied { set_writes, rule_writes: attached?, drift, degraded: Vec::new() })
     }
 
     /// None: writes to maps take microseconds, and the attempt as a whole is measured.
