@@ -8,12 +8,12 @@ use aya_ebpf::programs::TcContext;
 use npm_common::conntrack::{State, Tuples, entry_of};
 use npm_common::decide::{Flow, Own, Verdict, decide_with};
 use npm_common::event::{Mode, OUTCOMES, Outcome};
-use npm_common::packet::{Family, Headers, ParseError};
+use npm_common::packet::{ETHERTYPE_IPV6, Family, Headers, ParseError, Protocol};
 
 use crate::conntrack::{Read, Which};
 use crate::maps::{Ipv4, Ipv6};
 use crate::proof;
-use crate::skb::{Start, read_into};
+use crate::skb::{Start, next_header, read_into};
 
 /// Packets by [`Outcome`].
 #[map]
@@ -47,7 +47,7 @@ fn judge<R: Read>(context: &TcContext) -> Outcome {
     // SAFETY: the kernel gave the pointer, and keeps what it is to until the program has ended.
     let came_by = unsafe { (*context.skb.skb).ingress_ifindex };
     // What the node itself sends has come in by no interface.
-    if came_by == 0 {
+    if came_by == 0 && !may_be_a_piece(context) {
         return Outcome::Local;
     }
     let Some(nfct) = R::nfct(context) else { return Outcome::NoConnection };
@@ -57,6 +57,25 @@ fn judge<R: Read>(context: &TcContext) -> Outcome {
             judge_connection::<R>(context, entry_of(nfct), state)
         }
     }
+}
+
+/// Whether a packet that has come in by no interface may be a piece of one that has: where the kernel splits what it had put
+/// together for its connection tracking, it does not say of IPv6's new pieces where they came in (ip6_copy_metadata,
+/// net/ipv6/ip6_output.c; of IPv4's it does). Pieces of the node's own packets belong to a socket.
+#[inline(always)]
+fn may_be_a_piece(context: &TcContext) -> bool {
+    let skb = context.skb.skb;
+    // SAFETY: the kernel gave the pointer, and keeps what it is to until the program has ended.
+    let protocol = u16::from_be(unsafe { (*skb).protocol } as u16);
+    if protocol != ETHERTYPE_IPV6 {
+        return false;
+    }
+    // SAFETY: as above; the pointer is looked at only.
+    if !unsafe { (*skb).__bindgen_anon_2.sk }.is_null() {
+        return false;
+    }
+    // The header of a fragment, or one that can stand before it.
+    next_header(skb).is_none_or(|next| Protocol(next).is_extension())
 }
 
 /// Judges a packet by its connection.

@@ -71,6 +71,14 @@ extern "C" fn read_from_network(skb: *mut __sk_buff, ethertype: u64, headers: *m
     code(read(&FromNetwork { skb }, Network { ethertype: ethertype as u16, offset: 0 }, headers))
 }
 
+/// The first next-header field of a packet of IPv6. `None`: it can't be read.
+#[inline(always)]
+pub(crate) fn next_header(skb: *mut __sk_buff) -> Option<u8> {
+    let mut next = [0; 1];
+    FromNetwork { skb }.copy(6, &mut next)?;
+    Some(next[0])
+}
+
 /// The packet's bytes from its network header on.
 struct FromNetwork {
     skb: *mut __sk_buff,
