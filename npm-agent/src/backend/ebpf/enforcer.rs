@@ -163,7 +163,8 @@ impl Backend for Ebpf {
     }
 
     fn apply(&mut self, goal: &Goal) -> Result<Applied, BackendError> {
-        let missing = self.track()?;
+        // Busy iptables must not keep policies from the maps.
+        let tracked = self.track();
         // What fits nowhere is refused by the maps, which then deny whoever is to be isolated.
         let needed = Width::needed(goal).unwrap_or(self.maps.width());
         let widened = (needed > self.maps.width()).then(|| self.widen(goal, needed));
@@ -186,31 +187,35 @@ impl Backend for Ebpf {
         };
         // An interface that refuses the program must not keep the others from enforcing.
         let attached = self.attach();
-        let mut drift = Vec::new();
-        if self.datapath.mode()? == Mode::Enforce {
-            drift = missing;
+        let drift = if self.datapath.mode()? == Mode::Enforce {
+            tracked
         } else {
+            // Enforcing without connections would cut what is open.
+            tracked?;
             // In this order: from here on every new connection is judged, and its proof is recorded; then those that were
             // there before get theirs; then what has none is dropped.
             let proven = prove_existing(&self.pins)?;
             self.datapath.set_mode(Mode::Enforce)?;
             tracing::info!(connections = proven, "policies are enforced; connections that existed live on");
-        }
+            // That the rule was not there yet is no drift.
+            Ok(Vec::new())
+        };
         self.inherited = false;
         self.goal = Some(goal.clone());
-        match (unfit, attached) {
-            (Some(error), _) => Err(error.into()),
-            (None, Err(error)) => Err(error),
-            (None, Ok(rule_writes)) => {
-                Ok(Applied { set_writes: writes.entries, rule_writes, drift, degraded: Vec::new() })
-            }
+        if let Some(error) = unfit {
+            return Err(error.into());
         }
+        Ok(Applied {
+            set_writes: writes.entries,
+            rule_writes: attached?,
+            drift: drift?,
+            degraded: Vec::new(),
+        })
     }
 
     fn verify(&mut self) -> Result<Applied, BackendError> {
-        let mut drift = self.track()?;
-        let attached = self.attach();
-        let mut set_writes = 0;
+        let (tracked, attached) = (self.track(), self.attach());
+        let (mut drift, mut set_writes) = (Vec::new(), 0);
         if let Some(goal) = &self.goal {
             let (writes, changed) = self.maps.verify(goal).map_err(KernelError::from)?;
             set_writes = writes.entries;
@@ -220,7 +225,13 @@ impl Backend for Ebpf {
                 drift.push("the eBPF program was set not to drop".to_owned());
             }
         }
-        Ok(Applied { set_writes, rule_writes: attached?, drift, degraded: Vec::new() })
+        for line in &drift {
+            // Said here as well: what fails below keeps it from the status.
+            tracing::warn!(line, "somebody changed what is enforced");
+        }
+        let rule_writes = attached?;
+        drift.extend(tracked?);
+        Ok(Applied { set_writes, rule_writes, drift, degraded: Vec::new() })
     }
 
     /// None: writes to maps take microseconds, and the attempt as a whole is measured.
