@@ -154,7 +154,7 @@ impl Prometheus {
         }
     }
 
-    /// The alerts that are pending or firing, as `rule file: alert`, sorted.
+    /// The alerts that are pending or firing, as `rule file: alert`, and the rules that were not evaluated, sorted.
     ///
     /// # Errors
     /// Prometheus does not answer.
@@ -166,7 +166,8 @@ impl Prometheus {
             let file = file.rsplit_once('/').map_or(file, |(_, name)| name);
             for rule in group["rules"].as_array().context("a group without rules")? {
                 if rule["health"] == "err" {
-                    bail!("{file}: {rule}");
+                    // Beside the alerts, for the caller to wait: on a busy machine an evaluation can be refused once.
+                    alerts.push(format!("{file}: {} was not evaluated: {}", rule["name"], rule["lastError"]));
                 }
                 if rule["alerts"].as_array().is_some_and(|alerts| !alerts.is_empty()) {
                     alerts.push(format!("{file}: {}", rule["name"].as_str().unwrap_or_default()));

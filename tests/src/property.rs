@@ -8,6 +8,9 @@ use proptest::test_runner::{Config, FileFailurePersistence, RngAlgorithm, TestEr
 
 use crate::random::SplitMix;
 
+/// How long a smaller counterexample is looked for. Where a case takes seconds, thousands of them would take a day.
+pub const SHRINK_MILLISECONDS: u32 = 60_000;
+
 /// Where a test file's counterexamples are kept.
 #[macro_export]
 macro_rules! regressions {
@@ -42,6 +45,7 @@ pub fn check<S: Strategy>(
         cases: cases * scale,
         failure_persistence: Some(Box::new(FileFailurePersistence::Direct(regressions))),
         max_shrink_iters: crate::random::shrink_iterations(20_000),
+        max_shrink_time: SHRINK_MILLISECONDS,
         source_file: Some(file!()),
         ..Config::default()
     };

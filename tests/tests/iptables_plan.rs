@@ -297,6 +297,7 @@ fn config(cases: u32) -> ProptestConfig {
         cases,
         failure_persistence: None,
         max_shrink_iters: npm_tests::random::shrink_iterations(3000),
+        max_shrink_time: npm_tests::property::SHRINK_MILLISECONDS,
         ..ProptestConfig::default()
     }
 }
