@@ -154,7 +154,21 @@ impl Tree {
             std::fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
             std::fs::copy(&source, &copy).with_context(|| format!("copying {file}"))?;
         }
-        Ok(Self { root, target: base.join("target") })
+        let target = base.join("target");
+        if !target.exists() {
+            // What the tree was built with need not be built again: cargo never writes into such a file.
+            for part in ["deps", "build", ".fingerprint"] {
+                let (built, copy) = (from.join("target/debug").join(part), target.join("debug"));
+                if built.exists() {
+                    std::fs::create_dir_all(&copy).with_context(|| format!("creating {}", copy.display()))?;
+                    let paths =
+                        [built.to_str(), copy.to_str()].map(|path| path.context("the tree's path is UTF-8"));
+                    let [built, copy] = paths;
+                    run("cp", &["--archive", "--link", built?, copy?])?;
+                }
+            }
+        }
+        Ok(Self { root, target })
     }
 
     fn with<T>(&self, mutant: &Mutant, act: impl FnOnce(&Self) -> Result<T>) -> Result<T> {
