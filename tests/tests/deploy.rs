@@ -2,6 +2,7 @@
 //! the image's, the DaemonSet's; probes and metrics are where the DaemonSet says.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -114,6 +115,30 @@ fn the_units_command_is_one_of_the_agents() -> Result<()> {
     Cli::try_parse_from(&words).with_context(|| format!("parsing {command}"))?;
     ensure!(words[1] == "run" && words[2..] == ["--config", "/etc/azure-npm/azure-npm.json"], "{words:?}");
     ensure!(Cli::try_parse_from(["npm-agent", "run", "--no-such-flag"]).is_err());
+    Ok(())
+}
+
+#[test]
+fn the_drop_in_adds_the_capabilities_of_the_ebpf_backend() -> Result<()> {
+    let (_, unit) = shipped("deploy/systemd/npm-agent.service")?;
+    let (_, drop_in) = shipped("deploy/systemd/ebpf.conf")?;
+    let capabilities = |text: &str| -> Result<BTreeSet<String>> {
+        let line = text.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet="));
+        Ok(line.context("no capabilities")?.split_whitespace().map(str::to_owned).collect())
+    };
+    let cleanup = manifest("deploy/overlays/cleanup/daemonset.yaml")?;
+    let container = &cleanup["spec"]["template"]["spec"]["containers"][0];
+    let granted: BTreeSet<String> =
+        serde_json::from_value(container["securityContext"]["capabilities"]["add"].clone())?;
+    let granted: BTreeSet<String> = granted.iter().map(|name| format!("CAP_{name}")).collect();
+    let all: BTreeSet<String> = capabilities(&unit)?.union(&capabilities(&drop_in)?).cloned().collect();
+    ensure!(all == granted, "{all:?}, {granted:?}");
+
+    let commands: Vec<&str> = drop_in.lines().filter_map(|line| line.strip_prefix("ExecStart=")).collect();
+    let ["", command] = commands[..] else { anyhow::bail!("{commands:?}") };
+    Cli::try_parse_from(command.split_whitespace()).with_context(|| format!("parsing {command}"))?;
+    let plain = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).context("finding ExecStart")?;
+    ensure!(command.replace(" --backend ebpf", "") == plain, "{command}");
     Ok(())
 }
 

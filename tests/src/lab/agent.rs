@@ -36,6 +36,8 @@ pub struct Agent {
     child: Child,
     netns: Netns,
     settings: Settings,
+    /// A program and its arguments that start the agent; none: it is started by itself.
+    under: Vec<String>,
 }
 
 /// Where the agent's program is: `NPM_AGENT_BIN`, or beside the running test.
@@ -67,17 +69,26 @@ impl Agent {
     /// # Errors
     /// The program is missing or can't be started.
     pub fn start(netns: &Netns, settings: Settings) -> Result<Self> {
-        let child = Self::spawn(netns, &settings)?;
-        Ok(Self { child, netns: netns.clone(), settings })
+        Self::start_under(netns, settings, Vec::new())
     }
 
-    fn spawn(netns: &Netns, settings: &Settings) -> Result<Child> {
+    /// Starts the agent by another program, which gets the agent's program and arguments after its own and becomes it.
+    ///
+    /// # Errors
+    /// As [`Agent::start`].
+    pub fn start_under(netns: &Netns, settings: Settings, under: Vec<String>) -> Result<Self> {
+        let child = Self::spawn(netns, &settings, &under)?;
+        Ok(Self { child, netns: netns.clone(), settings, under })
+    }
+
+    fn spawn(netns: &Netns, settings: &Settings, under: &[String]) -> Result<Child> {
         let program = binary()?;
         let path = settings.directory.join("log");
         let log = File::options().create(true).append(true).open(&path);
         let log = log.with_context(|| format!("opening {}", path.display()))?;
         let text = |path: &Path| path.to_string_lossy().into_owned();
-        let mut args: Vec<String> = vec!["run".into(), "--backend".into(), settings.backend.clone()];
+        let mut args: Vec<String> = under.to_vec();
+        args.extend([text(&program), "run".into(), "--backend".into(), settings.backend.clone()]);
         if !settings.manifests.as_os_str().is_empty() {
             let manifests = text(&settings.manifests);
             args.extend(["--source".into(), "manifests".into(), "--manifests".into(), manifests]);
@@ -85,7 +96,7 @@ impl Agent {
         args.extend(["--node".into(), settings.node.clone()]);
         args.extend(["--socket".into(), text(&socket(settings))]);
         args.extend(settings.more.iter().cloned());
-        netns.run(|| exec::start(&program.to_string_lossy(), &args, &log))
+        netns.run(|| exec::start(&args[0], &args[1..], &log))
     }
 
     /// Waits until everything that the manifests say now is programmed.
@@ -109,6 +120,14 @@ impl Agent {
         let (socket, patience) = (socket.to_string_lossy(), format!("{}s", SETTLED.as_secs()));
         let args = ["status", "--wait", "--timeout", &patience, "--socket", &*socket];
         exec::run(&program.to_string_lossy(), &args).map(drop).with_context(|| self.log())
+    }
+
+    /// Whether it has not ended.
+    ///
+    /// # Errors
+    /// The system does not say.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait().context("asking for the agent's status")?.is_none())
     }
 
     /// The namespace it runs in.
@@ -152,7 +171,7 @@ impl Agent {
     /// As [`Agent::start`].
     pub fn kill_and_restart(&mut self) -> Result<()> {
         self.kill()?;
-        self.child = Self::spawn(&self.netns, &self.settings)?;
+        self.child = Self::spawn(&self.netns, &self.settings, &self.under)?;
         Ok(())
     }
 
