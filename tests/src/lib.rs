@@ -17,3 +17,4 @@ pub mod random;
 pub mod scenario;
 pub mod sequence;
 pub mod table;
+pub mod tls;

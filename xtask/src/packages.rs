@@ -37,6 +37,7 @@ const NEEDS: &[Need] = &[
     Need { probe: Probe::Program("nft"), package: "nftables", why: "tests with rules of nftables' own" },
     Need { probe: Probe::Program("prometheus"), package: "prometheus", why: "the test of metrics and rules" },
     Need { probe: Probe::Program("promtool"), package: "prometheus", why: "the test of metrics and rules" },
+    Need { probe: Probe::Program("openssl"), package: "openssl", why: "the certificates of the test of TLS" },
     Need { probe: Probe::Program("cc"), package: "gcc", why: "linking, and C parts of dependencies" },
     Need { probe: Probe::Program("python3"), package: "python3-venv", why: "the check of deploy/" },
     Need { probe: Probe::Header("stdlib.h"), package: "libc6-dev", why: "C parts of dependencies" },
