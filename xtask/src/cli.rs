@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 
 use crate::sink::Sink;
 use crate::tree::Tree;
-use crate::{chaos, check, clean_lab, demo, ebpf, manifests, packages};
+use crate::{chaos, check, clean_lab, demo, ebpf, manifests, packages, real_apiserver};
 
 /// Project tasks of npm-agent.
 #[derive(Parser)]
@@ -21,7 +21,11 @@ struct Cli {
 #[derive(Subcommand)]
 enum Task {
     /// Run everything CI runs: format, lints, docs, eBPF object, build, tests
-    Test,
+    Test {
+        /// Instead, the test with a real kube-apiserver, built from Debian's source package (ten minutes, once; needs root)
+        #[arg(long)]
+        real_apiserver: bool,
+    },
     /// Run the agent on an example application in a lab of network namespaces (needs root)
     Demo {
         /// Arguments of the demo itself, e.g. --keep
@@ -74,7 +78,8 @@ enum Task {
 pub(crate) fn run() -> Result<ExitCode> {
     let tree = Tree::find()?;
     match Cli::parse().command {
-        Task::Test => check::run(&tree),
+        Task::Test { real_apiserver: false } => check::run(&tree),
+        Task::Test { real_apiserver: true } => real_apiserver::run(&tree),
         Task::Demo { arguments } => demo::run(&tree, &arguments),
         Task::Mutants { arguments } => demo::mutants(&tree, &arguments),
         Task::Bench { arguments } => demo::bench(&tree, &arguments),

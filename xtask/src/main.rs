@@ -12,6 +12,7 @@ mod ebpf;
 mod exec;
 mod manifests;
 mod packages;
+mod real_apiserver;
 mod rust_src;
 mod sink;
 mod summary;

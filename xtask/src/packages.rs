@@ -17,6 +17,8 @@ enum Probe {
     Header(&'static str),
     /// A shared library whose file name starts so, in one of the library directories.
     Library(&'static str),
+    /// A file at this place.
+    File(&'static str),
 }
 
 /// One thing we need.
@@ -38,12 +40,34 @@ const NEEDS: &[Need] = &[
     Need { probe: Probe::Program("prometheus"), package: "prometheus", why: "the test of metrics and rules" },
     Need { probe: Probe::Program("promtool"), package: "prometheus", why: "the test of metrics and rules" },
     Need { probe: Probe::Program("openssl"), package: "openssl", why: "the certificates of the test of TLS" },
+    Need {
+        probe: Probe::Program("strace"),
+        package: "strace",
+        why: "the test that kills the agent at each call",
+    },
     Need { probe: Probe::Program("cc"), package: "gcc", why: "linking, and C parts of dependencies" },
     Need { probe: Probe::Program("python3"), package: "python3-venv", why: "the check of deploy/" },
     Need { probe: Probe::Header("stdlib.h"), package: "libc6-dev", why: "C parts of dependencies" },
     Need { probe: Probe::Header("libipset/session.h"), package: "libipset-dev", why: "the ipset crate" },
     Need { probe: Probe::Library("libipset.so"), package: "libipset-dev", why: "the ipset crate" },
     Need { probe: Probe::Library("libclang"), package: "libclang-dev", why: "the ipset crate's bindgen" },
+];
+
+/// What building Debian's source package of Kubernetes needs, on top.
+const KUBERNETES_NEEDS: &[Need] = &[
+    Need {
+        probe: Probe::File("/usr/lib/go-1.19/bin/go"),
+        package: "golang-1.19-go",
+        why: "kube-apiserver's language",
+    },
+    Need { probe: Probe::Program("rsync"), package: "rsync", why: "kube-apiserver's makefiles" },
+    Need { probe: Probe::Program("make"), package: "make", why: "kube-apiserver's makefiles" },
+    Need {
+        probe: Probe::Program("dpkg-source"),
+        package: "dpkg-dev",
+        why: "unpacking Debian's source package",
+    },
+    Need { probe: Probe::Program("curl"), package: "curl", why: "asking etcd to forget" },
 ];
 
 const INCLUDES: &[&str] = &["/usr/include", "/usr/local/include"];
@@ -56,7 +80,19 @@ const SYSTEM_PROGRAMS: &[&str] = &["/usr/sbin", "/sbin", "/usr/local/sbin"];
 /// # Errors
 /// When something is missing and can't be installed: the message names each thing, its use, and what to do.
 pub(crate) fn install_missing(sink: &Sink) -> Result<()> {
-    let missing: Vec<&Need> = NEEDS.iter().filter(|need| !is_there(&need.probe)).collect();
+    install(NEEDS, sink)
+}
+
+/// Installs what building Kubernetes needs.
+///
+/// # Errors
+/// As [`install_missing`].
+pub(crate) fn install_for_kubernetes(sink: &Sink) -> Result<()> {
+    install(KUBERNETES_NEEDS, sink)
+}
+
+fn install(needs: &'static [Need], sink: &Sink) -> Result<()> {
+    let missing: Vec<&Need> = needs.iter().filter(|need| !is_there(&need.probe)).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -84,7 +120,7 @@ pub(crate) fn install_missing(sink: &Sink) -> Result<()> {
         Sink::Log(path) => path.clone(),
     };
     let outcome = apt_get(&packages, &Sink::Log(log.clone()));
-    let still: Vec<&Need> = NEEDS.iter().filter(|need| !is_there(&need.probe)).collect();
+    let still: Vec<&Need> = needs.iter().filter(|need| !is_there(&need.probe)).collect();
     if let Err(error) = outcome {
         bail!(
             "{error:#}\nstill missing:{}\napt-get's output is in {}; repair it, or install by hand: {list}",
@@ -111,7 +147,8 @@ fn apt_get(packages: &[&str], output: &Sink) -> Result<()> {
 fn described(needs: &[&Need]) -> String {
     let mut text = String::new();
     for Need { probe, package, why } in needs {
-        let (Probe::Program(thing) | Probe::Header(thing) | Probe::Library(thing)) = probe;
+        let (Probe::Program(thing) | Probe::Header(thing) | Probe::Library(thing) | Probe::File(thing)) =
+            probe;
         text.push_str(&format!("\n  {thing} (Debian package {package}): {why}"));
     }
     text
@@ -120,6 +157,7 @@ fn described(needs: &[&Need]) -> String {
 fn is_there(probe: &Probe) -> bool {
     match probe {
         Probe::Program(name) => find_program(name).is_some(),
+        Probe::File(path) => Path::new(path).is_file(),
         Probe::Header(name) => {
             // Multiarch systems keep some headers one directory further down.
             INCLUDES.iter().any(|directory| {

@@ -73,6 +73,15 @@ impl Default for Store {
     }
 }
 
+/// A list of objects as policy sees them.
+pub fn world_of(list: Value) -> World {
+    let mut world = World::default();
+    for object in document(Node::from(list)).objects {
+        object.change.into_iter().for_each(|change| world.apply(change));
+    }
+    world
+}
+
 impl Store {
     /// Makes or replaces the object that this value is, and gives its version. The kind must be one that the server has.
     ///
@@ -114,12 +123,7 @@ impl Store {
     /// The cluster as policy sees it.
     pub fn world(&self) -> World {
         let objects: Vec<Value> = self.lock().objects.values().map(|stored| stored.value.clone()).collect();
-        let list = json!({"apiVersion": "v1", "kind": "List", "items": objects});
-        let mut world = World::default();
-        for object in document(Node::from(list)).objects {
-            object.change.into_iter().for_each(|change| world.apply(change));
-        }
-        world
+        world_of(json!({"apiVersion": "v1", "kind": "List", "items": objects}))
     }
 
     pub(super) fn get(&self, key: &Key) -> Option<Arc<Stored>> {

@@ -122,6 +122,22 @@ impl Agent {
         exec::run(&program.to_string_lossy(), &args).map(drop).with_context(|| self.log())
     }
 
+    /// Whether everything that its source says now is programmed within a time.
+    ///
+    /// # Errors
+    /// The program is missing.
+    pub fn settles_within(&self, time: Duration) -> Result<bool> {
+        let (program, socket) = (binary()?, socket(&self.settings));
+        let patience = format!("{}ms", time.as_millis());
+        let args = ["status", "--wait", "--timeout", &patience, "--socket", &*socket.to_string_lossy()];
+        Ok(exec::run(&program.to_string_lossy(), &args).is_ok())
+    }
+
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Whether it has not ended.
     ///
     /// # Errors
