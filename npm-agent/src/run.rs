@@ -185,6 +185,7 @@ fn ebpf(settings: &Settings) -> anyhow::Result<Box<dyn Backend>> {
         iptables: tracking(settings.iptables_variant),
         tools: Tools::default(),
         selection: settings.interfaces.clone(),
+        proof: settings.proof,
     };
     Ok(Box::new(ebpf::enforcer::Ebpf::new(options).context("loading the eBPF programs")?))
 }

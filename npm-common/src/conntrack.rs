@@ -10,7 +10,7 @@
 //! established between them. A **proof** is a record of ours that the connection was judged and allowed.
 
 use crate::decide::Own;
-use crate::packet::{Family, Headers, Protocol};
+use crate::packet::{Ends, Family, Protocol};
 
 /// The bits of `_nfct` that are no address (`NFCT_INFOMASK`, include/linux/skbuff.h).
 const INFO: u64 = 7;
@@ -104,18 +104,18 @@ impl Tuples {
 
     /// The flow that opened the connection: from who really sent it to whom it really reaches.
     #[inline(always)]
-    pub fn opening(&self, family: Family) -> Headers {
+    pub fn opening(&self) -> Ends<'_> {
         let Self { original, reply } = self;
         let port = port(original.protocol, reply.source_port);
-        Headers::of_flow(family, &original.source, &reply.source, port)
+        Ends { source: &original.source, destination: &reply.source, port }
     }
 
     /// The flow that a packet of the reply direction would open if the connection did not exist.
     #[inline(always)]
-    pub fn returning(&self, family: Family) -> Headers {
+    pub fn returning(&self) -> Ends<'_> {
         let Self { original, reply } = self;
         let port = port(original.protocol, original.source_port);
-        Headers::of_flow(family, &reply.source, &original.source, port)
+        Ends { source: &reply.source, destination: &original.source, port }
     }
 
     /// What it is if both ends are the same pod: a packet that a pod sent to itself comes here only if it went to a
@@ -198,8 +198,11 @@ impl Proof {
 mod tests {
     use super::*;
 
+    fn wide([a, b, c, d]: [u8; 4]) -> [u8; 16] {
+        [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    }
+
     fn tuple(source: [u8; 4], source_port: u16, destination: [u8; 4], destination_port: u16) -> Tuple {
-        let wide = |[a, b, c, d]: [u8; 4]| [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         Tuple {
             source: wide(source),
             source_port: source_port.to_be_bytes(),
@@ -239,12 +242,14 @@ mod tests {
             reply: tuple([10, 1, 0, 2], 8080, [10, 1, 0, 254], 5000),
         };
         assert_eq!(tuples.family(), Some(Family::V4));
-        let opening = tuples.opening(Family::V4);
-        assert_eq!(opening.v4(), ([10, 1, 0, 1], [10, 1, 0, 2]));
-        assert_eq!((opening.family(), opening.port()), (Family::V4, Some((6, 8080))));
-        let returning = tuples.returning(Family::V4);
-        assert_eq!(returning.v4(), ([10, 1, 0, 2], [10, 1, 0, 1]));
-        assert_eq!(returning.port(), Some((6, 4000)));
+        assert_eq!(
+            tuples.opening(),
+            Ends { source: &wide([10, 1, 0, 1]), destination: &wide([10, 1, 0, 2]), port: Some((6, 8080)) }
+        );
+        assert_eq!(
+            tuples.returning(),
+            Ends { source: &wide([10, 1, 0, 2]), destination: &wide([10, 1, 0, 1]), port: Some((6, 4000)) }
+        );
         assert_eq!(tuples.own(), Own::Free);
     }
 
@@ -266,9 +271,8 @@ mod tests {
         reply.source = [0xfe; 16];
         let tuples = Tuples { original, reply };
         assert_eq!(tuples.family(), Some(Family::V6));
-        let opening = tuples.opening(Family::V6);
-        assert_eq!((opening.family(), opening.v6()), (Family::V6, ([0xfd; 16], [0xfe; 16])));
-        assert_eq!(tuples.returning(Family::V6).v6(), ([0xfe; 16], [0xfd; 16]));
+        assert_eq!((tuples.opening().source, tuples.opening().destination), (&[0xfd; 16], &[0xfe; 16]));
+        assert_eq!((tuples.returning().source, tuples.returning().destination), (&[0xfe; 16], &[0xfd; 16]));
     }
 
     #[test]
@@ -276,8 +280,8 @@ mod tests {
         let mut original = tuple([10, 1, 0, 1], 77, [10, 1, 0, 2], 0x0800);
         original.protocol = 1;
         let tuples = Tuples { original, reply: original };
-        assert_eq!(tuples.opening(Family::V4).port(), None);
-        assert_eq!(tuples.returning(Family::V4).port(), None);
+        assert_eq!(tuples.opening().port, None);
+        assert_eq!(tuples.returning().port, None);
     }
 
     #[test]

@@ -33,10 +33,14 @@ pub trait Lookups<A: Address, const W: usize> {
     fn pair_record(&self, place: u32) -> Option<PairRecord<A::Pair>>;
     /// The policy with an id.
     fn policy(&self, id: u32) -> Option<Policy>;
-    /// The segment at an index.
-    fn segment(&self, index: u32) -> Option<Segment>;
     /// The row at an index.
     fn row(&self, index: u32) -> Option<Self::Row>;
+
+    /// [`row_at`] by these maps. In the kernel a function that the verifier checks apart: walked in line, its steps are
+    /// multiplied by all ways that lead there.
+    fn row_at(&self, policy: &Policy, position: u32) -> u32;
+    /// [`meet`], in the kernel apart too.
+    fn meet(&self, row: &Bits<W>, bits: &Bits<W>) -> bool;
 }
 
 /// How often a record is looked for. That it is another's once says that its place was given away just then; the next
@@ -254,9 +258,7 @@ fn judge<A: Address, const W: usize>(
 ) -> Judgement {
     let Some(policy) = lookups.policy(policy) else { return Judgement::Denied };
     let row = match flow.port {
-        Some((protocol, port)) => {
-            find(lookups, &policy, position(protocol, port)).map_or(policy.rest, |it| it.row)
-        }
+        Some((protocol, port)) => lookups.row_at(&policy, position(protocol, port)),
         None => policy.rest,
     };
     let Some(row) = lookups.row(row) else { return Judgement::Denied };
@@ -269,7 +271,7 @@ fn judge<A: Address, const W: usize>(
     };
     if of_peer != NOBODY
         && let Some(bits) = lookups.row(of_peer)
-        && meet(&row, &bits)
+        && lookups.meet(&row, &bits)
     {
         return Judgement::Allowed;
     }
@@ -278,7 +280,7 @@ fn judge<A: Address, const W: usize>(
         && let Ok(of_pair) = pair_row(lookups, half, &flow.destination.pair(protocol, port))
         && of_pair != NOBODY
         && let Some(bits) = lookups.row(of_pair)
-        && meet(&row, &bits)
+        && lookups.meet(&row, &bits)
     {
         return Judgement::Allowed;
     }
@@ -287,7 +289,7 @@ fn judge<A: Address, const W: usize>(
 
 /// Whether the two have a bit in common. All words are looked at: a branch a word costs more than the words.
 #[inline(always)]
-fn meet<const W: usize>(row: &Bits<W>, bits: &Bits<W>) -> bool {
+pub fn meet<const W: usize>(row: &Bits<W>, bits: &Bits<W>) -> bool {
     let mut common = 0;
     for word in 0..W {
         common |= row[word] & bits[word];
@@ -298,13 +300,14 @@ fn meet<const W: usize>(row: &Bits<W>, bits: &Bits<W>) -> bool {
 /// Halvings that leave nothing of the longest run of segments.
 const MAX_STEPS: u32 = u32::BITS - MAX_SEGMENTS.leading_zeros();
 
-/// The policy's segment that holds a position.
+/// The row of the policy's segment that holds a position, or of what is in none; segments are looked up by index.
 #[inline(always)]
-fn find<A: Address, const W: usize>(
-    lookups: &impl Lookups<A, W>,
-    policy: &Policy,
-    position: u32,
-) -> Option<Segment> {
+pub fn row_at(segments: impl Fn(u32) -> Option<Segment>, policy: &Policy, position: u32) -> u32 {
+    find(segments, policy, position).map_or(policy.rest, |segment| segment.row)
+}
+
+#[inline(always)]
+fn find(segments: impl Fn(u32) -> Option<Segment>, policy: &Policy, position: u32) -> Option<Segment> {
     let mut first = policy.first;
     let mut left = policy.segments;
     for _ in 0..MAX_STEPS {
@@ -313,7 +316,7 @@ fn find<A: Address, const W: usize>(
         }
         let half = left / 2;
         let middle = first.wrapping_add(half);
-        let segment = lookups.segment(middle)?;
+        let segment = segments(middle)?;
         if position < segment.first {
             left = half;
         } else if position > segment.last {

@@ -5,6 +5,12 @@
 pub const CAST_CONTEXT: i32 = 0x6e70_6d01;
 /// Stands for bpf_rdonly_cast.
 pub const CAST: i32 = 0x6e70_6d02;
+/// Stands for bpf_skb_ct_lookup.
+pub const LOOK_UP: i32 = 0x6e70_6d03;
+/// Stands for bpf_ct_change_timeout.
+pub const CHANGE_TIMEOUT: i32 = 0x6e70_6d04;
+/// Stands for bpf_ct_release.
+pub const RELEASE: i32 = 0x6e70_6d05;
 
 /// An instruction that calls the helper of this number, as the compiler writes it.
 const fn call(number: i32) -> [u8; 8] {

@@ -7,7 +7,7 @@
 mod headers;
 mod parse;
 
-pub use headers::{Headers, code, outcome};
+pub use headers::{Ends, Headers, code, outcome};
 pub use parse::{MAX_OFFSET, Network, behind_ethernet, parse_ethernet, parse_network, read};
 
 use core::fmt;

@@ -20,6 +20,10 @@ static ORIGINAL_OFFSET: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static REPLY_OFFSET: Global<u32> = Global::new(0);
 
+/// Where `mark` is.
+#[unsafe(no_mangle)]
+pub(crate) static MARK_OFFSET: Global<u32> = Global::new(0);
+
 /// The kernel's number for the type `struct nf_conn`; only the programs that cast read it.
 #[unsafe(no_mangle)]
 static ENTRY_TYPE: Global<u32> = Global::new(0);
@@ -31,6 +35,9 @@ pub(crate) trait Read {
 
     /// Reads a tuple of the entry at this address. `None`: the kernel would not show it.
     fn tuple(entry: u64, which: Which, to: &mut Tuple) -> Option<()>;
+
+    /// The mark of the entry at this address. `None`: the kernel would not show it.
+    fn mark(entry: u64) -> Option<u32>;
 }
 
 /// One of an entry's tuples.
@@ -72,6 +79,15 @@ impl Read for ByProbe {
         };
         (outcome == 0).then_some(())
     }
+
+    #[inline(always)]
+    fn mark(entry: u64) -> Option<u32> {
+        let from = entry.wrapping_add(u64::from(MARK_OFFSET.load()));
+        let mut mark: u32 = 0;
+        // SAFETY: the helper reads no memory that may not be read; any address may be asked for. `mark` is of the length.
+        let outcome = unsafe { bpf_probe_read_kernel(from_mut(&mut mark).cast(), 4, from as *const c_void) };
+        (outcome == 0).then_some(mark)
+    }
 }
 
 /// By the kernel's functions bpf_cast_to_kern_ctx and bpf_rdonly_cast (6.2 and later): the verifier puts plain loads in
@@ -102,21 +118,7 @@ impl Read for ByCast {
 
     #[inline(always)]
     fn tuple(entry: u64, which: Which, to: &mut Tuple) -> Option<()> {
-        let known: u64;
-        // SAFETY: the call is as bpf_rdonly_cast takes it, and changes the registers that every call does.
-        unsafe {
-            asm!(
-                "call {function}",
-                function = const CAST,
-                inlateout("r1") entry => _,
-                inlateout("r2") u64::from(ENTRY_TYPE.load()) => _,
-                lateout("r0") known,
-                lateout("r3") _,
-                lateout("r4") _,
-                lateout("r5") _,
-            );
-        }
-        let from = known.wrapping_add(which.offset());
+        let from = cast(entry).wrapping_add(which.offset());
         let to = from_mut(to).cast::<u8>();
         // Each load within one member, as the verifier wants it; together they are the whole tuple.
         macro_rules! copy {
@@ -135,4 +137,31 @@ impl Read for ByCast {
         }
         Some(())
     }
+
+    #[inline(always)]
+    fn mark(entry: u64) -> Option<u32> {
+        let field = cast(entry).wrapping_add(u64::from(MARK_OFFSET.load())) as *const u32;
+        // SAFETY: the verifier has checked that the structure holds a number there; a load from where no memory is gives 0.
+        Some(unsafe { field.read_volatile() })
+    }
+}
+
+/// The address as that of a `struct nf_conn`, to be read only.
+#[inline(always)]
+fn cast(entry: u64) -> u64 {
+    let known: u64;
+    // SAFETY: the call is as bpf_rdonly_cast takes it, and changes the registers that every call does.
+    unsafe {
+        asm!(
+            "call {function}",
+            function = const CAST,
+            inlateout("r1") entry => _,
+            inlateout("r2") u64::from(ENTRY_TYPE.load()) => _,
+            lateout("r0") known,
+            lateout("r3") _,
+            lateout("r4") _,
+            lateout("r5") _,
+        );
+    }
+    known
 }

@@ -1,6 +1,8 @@
 //! What becomes of a packet that leaves the node through an interface: it passes if its connection was judged and
 //! allowed, and is judged otherwise.
 
+use core::ptr::from_ref;
+
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, PerCpuArray};
@@ -8,11 +10,12 @@ use aya_ebpf::programs::TcContext;
 use npm_common::conntrack::{State, Tuples, entry_of};
 use npm_common::decide::{Flow, Own, Verdict, decide_with};
 use npm_common::event::{Mode, OUTCOMES, Outcome};
-use npm_common::packet::{ETHERTYPE_IPV6, Family, Headers, ParseError, Protocol};
+use npm_common::layout::position;
+use npm_common::packet::{ETHERTYPE_IPV6, Ends, Family, Headers, ParseError, Protocol};
 
 use crate::conntrack::{Read, Which};
 use crate::maps::{Ipv4, Ipv6};
-use crate::proof;
+use crate::proof::{Proofs, Subject};
 use crate::skb::{Start, next_header, read_into};
 
 /// Packets by [`Outcome`].
@@ -25,8 +28,8 @@ static MODE: Array<u32> = Array::with_max_entries(1, 0);
 
 /// The whole of a packet's way, as an action.
 #[inline(always)]
-pub(crate) fn enforce<R: Read>(context: &TcContext) -> i32 {
-    let outcome = judge::<R>(context);
+pub(crate) fn enforce<R: Read, P: Proofs>(context: &TcContext) -> i32 {
+    let outcome = judge::<R, P>(context);
     if let Some(count) = OUTCOME.get_ptr_mut(outcome.slot()) {
         // SAFETY: the kernel gave the pointer to this CPU's value, and no other program of this CPU runs meanwhile.
         unsafe { *count += 1 };
@@ -43,7 +46,7 @@ fn mode() -> Mode {
 }
 
 #[inline(always)]
-fn judge<R: Read>(context: &TcContext) -> Outcome {
+fn judge<R: Read, P: Proofs>(context: &TcContext) -> Outcome {
     // SAFETY: the kernel gave the pointer, and keeps what it is to until the program has ended.
     let came_by = unsafe { (*context.skb.skb).ingress_ifindex };
     // What the node itself sends has come in by no interface.
@@ -51,12 +54,25 @@ fn judge<R: Read>(context: &TcContext) -> Outcome {
         return Outcome::Local;
     }
     let Some(nfct) = R::nfct(context) else { return Outcome::NoConnection };
-    match State::of(nfct) {
-        State::Nothing => Outcome::at(judge_headers(context.skb.skb)),
-        state @ (State::New | State::Original | State::Reply | State::Related) => {
-            judge_connection::<R>(context, entry_of(nfct), state)
+    let (entry, state) = (entry_of(nfct), State::of(nfct));
+    // A packet that may be the first is always judged: the proof may be of an earlier connection.
+    match state {
+        State::Nothing => return Outcome::at(judge_headers(context.skb.skb)),
+        State::New => {}
+        State::Original | State::Reply | State::Related if P::is_marked::<R>(entry) => {
+            return Outcome::Proven;
+        }
+        State::Original | State::Reply | State::Related => {}
+    }
+    let outcome = judge_connection::<R, P>(context, entry, state);
+    if state == State::Related && !outcome.passes() {
+        // An error about a connection that nobody allowed is a packet like any other; its passing proves nothing.
+        let by_itself = Outcome::at(judge_headers(context.skb.skb));
+        if by_itself.passes() {
+            return by_itself;
         }
     }
+    outcome
 }
 
 /// Whether a packet that has come in by no interface may be a piece of one that has: where the kernel splits what it had put
@@ -78,15 +94,16 @@ fn may_be_a_piece(context: &TcContext) -> bool {
     next_header(skb).is_none_or(|next| Protocol(next).is_extension())
 }
 
-/// Judges a packet by its connection.
-#[inline(always)]
-fn judge_connection<R: Read>(context: &TcContext, entry: u64, state: State) -> Outcome {
+/// Judges a packet by its connection. Not inlined for its stack: a chain of callers has 512 bytes together
+/// (kernel/bpf/verifier.c, check_max_stack_depth).
+#[inline(never)]
+fn judge_connection<R: Read, P: Proofs>(context: &TcContext, entry: u64, state: State) -> Outcome {
     let mut tuples = Tuples::default();
     if R::tuple(entry, Which::Original, &mut tuples.original).is_none() {
         return Outcome::NoConnection;
     }
-    // A packet that may be the first is always judged: the proof may be of an earlier connection.
-    if state != State::New && proof::is_proven(&tuples.original, entry) {
+    let subject = |tuples| Subject { skb: context.skb.skb, original: tuples, entry };
+    if state != State::New && P::is_listed(subject(&tuples.original)) {
         return Outcome::Proven;
     }
     if R::tuple(entry, Which::Reply, &mut tuples.reply).is_none() {
@@ -101,18 +118,9 @@ fn judge_connection<R: Read>(context: &TcContext, entry: u64, state: State) -> O
         outcome = Outcome::Allowed;
     }
     if outcome.passes() {
-        proof::prove(&tuples.original, entry);
-        return outcome;
-    }
-    if state == State::Related {
-        // An error about a connection that nobody allowed is a packet like any other; its passing proves nothing.
-        let by_itself = Outcome::at(judge_headers(context.skb.skb));
-        if by_itself.passes() {
-            return by_itself;
-        }
-    }
-    if mode() == Mode::Enforce {
-        proof::refute(&tuples.original, entry);
+        P::prove(subject(&tuples.original));
+    } else if mode() == Mode::Enforce {
+        P::refute(subject(&tuples.original), state);
     }
     outcome
 }
@@ -139,8 +147,8 @@ extern "C" fn judge_direction(tuples: *const Tuples, returning: u32) -> u32 {
     let Some(tuples) = (unsafe { tuples.as_ref() }) else { return Outcome::NoConnection.slot() };
     // The kernel tracks no other family.
     let Some(family) = tuples.family() else { return Outcome::NoConnection.slot() };
-    let flow = if returning == 1 { tuples.returning(family) } else { tuples.opening(family) };
-    judge_flow(&flow, tuples.own()).slot()
+    let ends = if returning == 1 { tuples.returning() } else { tuples.opening() };
+    judge_flow(family, ends, tuples.own()).slot()
 }
 
 /// Judges a packet without a connection, by what its headers say; gives the outcome's slot.
@@ -156,7 +164,7 @@ extern "C" fn judge_headers(skb: *mut __sk_buff) -> u32 {
         // Nobody can say whose it is.
         Err(error) if !headers.has_addresses() => Outcome::unread(error),
         read => {
-            match (read, judge_flow(&headers, Own::Forged)) {
+            match (read, judge_flow(headers.family(), headers.ends(), Own::Forged)) {
                 (Ok(()), outcome) => outcome,
                 // It passes if neither end is isolated, whatever an isolated one is allowed.
                 (Err(_), Outcome::NotIsolated) => Outcome::NotIsolated,
@@ -167,32 +175,55 @@ extern "C" fn judge_headers(skb: *mut __sk_buff) -> u32 {
     outcome.slot()
 }
 
-/// What the maps say of a flow. The verifier checks the two functions once and apart.
 #[inline(always)]
-fn judge_flow(flow: &Headers, own: Own) -> Outcome {
-    let code = match flow.family() {
-        Family::V4 => judge_v4(flow, own.number()),
-        Family::V6 => judge_v6(flow, own.number()),
-    };
-    Verdict::of(code).map_or(Outcome::Both, Outcome::of)
+fn judge_flow(family: Family, ends: Ends<'_>, own: Own) -> Outcome {
+    Verdict::of(judge_ends(family, ends, own)).map_or(Outcome::Both, Outcome::of)
 }
 
-/// The code of the verdict on a flow of IPv4; `own` is an [`Own`]'s number.
+/// The code of what the maps say of a flow.
+#[inline(always)]
+pub(crate) fn judge_ends(family: Family, Ends { source, destination, port }: Ends<'_>, own: Own) -> u32 {
+    let (source, destination) = (from_ref(source).cast(), from_ref(destination).cast());
+    let port = port.map_or(NO_PORT, |(protocol, port)| position(protocol, port));
+    match family {
+        Family::V4 => judge_v4(source, destination, port, own.number()),
+        Family::V6 => judge_v6(source, destination, port, own.number()),
+    }
+}
+
+/// What one function leaves another instead of a protocol and port: it is no port's position.
+const NO_PORT: u32 = u32::MAX;
+
+#[inline(always)]
+fn port_at(position: u32) -> Option<(u8, u16)> {
+    if position == NO_PORT { None } else { Some(((position >> 16) as u8, position as u16)) }
+}
+
+/// An address as [`Ends`] has it. It says where addresses lie, or the compiler would read them byte by byte.
+#[repr(C, align(4))]
+pub(crate) struct Wide([u8; 16]);
+
+/// The code of the verdict on a flow of IPv4; `own` is an [`Own`]'s number. The verifier checks it once and apart.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn judge_v4(flow: *const Headers, own: u32) -> u32 {
-    // SAFETY: each caller's is to a value of its own, or there is none.
-    let Some(flow) = (unsafe { flow.as_ref() }) else { return 0 };
-    let (source, destination) = flow.v4();
-    decide_with(&Ipv4, &Flow { source, destination, port: flow.port() }, Own::of(own)).code()
+extern "C" fn judge_v4(source: *const Wide, destination: *const Wide, port: u32, own: u32) -> u32 {
+    // SAFETY: each caller's are to values of its own, or there are none.
+    let (Some(source), Some(destination)) = (unsafe { (source.as_ref(), destination.as_ref()) }) else {
+        return 0;
+    };
+    let short = |Wide([a, b, c, d, ..]): &Wide| [*a, *b, *c, *d];
+    let flow = Flow { source: short(source), destination: short(destination), port: port_at(port) };
+    decide_with(&Ipv4, &flow, Own::of(own)).code()
 }
 
 /// The code of the verdict on a flow of IPv6.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn judge_v6(flow: *const Headers, own: u32) -> u32 {
-    // SAFETY: each caller's is to a value of its own, or there is none.
-    let Some(flow) = (unsafe { flow.as_ref() }) else { return 0 };
-    let (source, destination) = flow.v6();
-    decide_with(&Ipv6, &Flow { source, destination, port: flow.port() }, Own::of(own)).code()
+extern "C" fn judge_v6(source: *const Wide, destination: *const Wide, port: u32, own: u32) -> u32 {
+    // SAFETY: each caller's are to values of its own, or there are none.
+    let (Some(source), Some(destination)) = (unsafe { (source.as_ref(), destination.as_ref()) }) else {
+        return 0;
+    };
+    let flow = Flow { source: source.0, destination: destination.0, port: port_at(port) };
+    decide_with(&Ipv6, &flow, Own::of(own)).code()
 }

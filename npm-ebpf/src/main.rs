@@ -7,8 +7,8 @@
 //! - `read_ethernet` and `read_network` say what was read of a packet's headers: tests run them.
 //! - `verdict` says what the maps say of a packet's headers. It is run by BPF_PROG_TEST_RUN and never attached: what it
 //!   returns is a code of npm_common::decide and no action.
-//! - `enforce_*` drop what policies deny, at TC egress: one program for each way to read the kernel's connections, of
-//!   which one is loaded.
+//! - `enforce_*` and `mark_*` drop what policies deny, at TC egress: one program for each way to read the kernel's
+//!   connections and each place of proofs, of which one is loaded.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
@@ -16,6 +16,7 @@
 
 mod conntrack;
 mod enforce;
+mod entry;
 mod maps;
 mod proof;
 mod skb;
@@ -25,7 +26,7 @@ use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
 use npm_common::decide::{Own, Verdict, unread};
-use npm_common::packet::{Family, Headers, code};
+use npm_common::packet::{Headers, code};
 use npm_common::tally::{Class, Count, SLOTS};
 
 use skb::{Start, read_into};
@@ -81,10 +82,7 @@ pub fn verdict(context: TcContext) -> i32 {
     let code = match read_into(&context, Start::Ethernet, &mut headers) {
         // No policy judges it.
         Ok(()) if headers.is_neighbour_discovery() => Verdict::FREE.code(),
-        Ok(()) => match headers.family() {
-            Family::V4 => enforce::judge_v4(&headers, Own::Free.number()),
-            Family::V6 => enforce::judge_v6(&headers, Own::Free.number()),
-        },
+        Ok(()) => enforce::judge_ends(headers.family(), headers.ends(), Own::Free),
         Err(error) => unread(error),
     };
     code as i32
@@ -93,13 +91,25 @@ pub fn verdict(context: TcContext) -> i32 {
 /// Judges what leaves the node, reading the kernel's connections with bpf_probe_read_kernel; proofs are in a map.
 #[classifier]
 pub fn enforce_probe(context: TcContext) -> i32 {
-    enforce::enforce::<conntrack::ByProbe>(&context)
+    enforce::enforce::<conntrack::ByProbe, proof::InMaps>(&context)
 }
 
 /// As [`enforce_probe`], reading them with casts.
 #[classifier]
 pub fn enforce_cast(context: TcContext) -> i32 {
-    enforce::enforce::<conntrack::ByCast>(&context)
+    enforce::enforce::<conntrack::ByCast, proof::InMaps>(&context)
+}
+
+/// As [`enforce_probe`]; proofs are in the connections' marks.
+#[classifier]
+pub fn mark_probe(context: TcContext) -> i32 {
+    enforce::enforce::<conntrack::ByProbe, proof::InMarks>(&context)
+}
+
+/// As [`mark_probe`], reading connections with casts.
+#[classifier]
+pub fn mark_cast(context: TcContext) -> i32 {
+    enforce::enforce::<conntrack::ByCast, proof::InMarks>(&context)
 }
 
 #[panic_handler]

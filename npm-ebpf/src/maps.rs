@@ -7,7 +7,7 @@ use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap};
-use npm_common::decide::Lookups;
+use npm_common::decide::{self, Lookups};
 #[cfg(not(feature = "wide"))]
 use npm_common::layout::NARROW_WORDS as WORDS;
 #[cfg(feature = "wide")]
@@ -52,6 +52,23 @@ static PAIRS_V6: HashMap<PairV6, u32> = HashMap::with_max_entries(MAX_PAIRS, BPF
 static PAIR_RECORDS_V4: Array<PairRecord<PairV4>> = Array::with_max_entries(MAX_PAIRS, 0);
 #[map]
 static PAIR_RECORDS_V6: Array<PairRecord<PairV6>> = Array::with_max_entries(MAX_PAIRS, 0);
+
+/// [`decide::row_at`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn row_of_segment(first: u32, segments: u32, rest: u32, position: u32) -> u32 {
+    let policy = Policy { first, segments, rest, pairs: 0 };
+    decide::row_at(|index| SEGMENTS.get(index).copied(), &policy, position)
+}
+
+/// 1: [`decide::meet`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rows_meet(row: *const Row, bits: *const Row) -> u32 {
+    // SAFETY: each caller's are to values of maps, or there are none.
+    let (Some(row), Some(bits)) = (unsafe { (row.as_ref(), bits.as_ref()) }) else { return 0 };
+    decide::meet(row, bits).into()
+}
 
 /// The maps of IPv4.
 pub(crate) struct Ipv4;
@@ -99,12 +116,16 @@ macro_rules! lookups {
                 POLICIES.get(id).copied()
             }
             #[inline(always)]
-            fn segment(&self, index: u32) -> Option<Segment> {
-                SEGMENTS.get(index).copied()
-            }
-            #[inline(always)]
             fn row(&self, index: u32) -> Option<&'static Row> {
                 ROWS.get(index)
+            }
+            #[inline(always)]
+            fn row_at(&self, policy: &Policy, position: u32) -> u32 {
+                row_of_segment(policy.first, policy.segments, policy.rest, position)
+            }
+            #[inline(always)]
+            fn meet(&self, row: &Row, bits: &Row) -> bool {
+                rows_meet(row, bits) == 1
             }
         }
     };

@@ -13,6 +13,7 @@ use npm_agent::backend::iptables::variant::Variant;
 use npm_agent::backend::iptables::{Iptables, Options};
 use npm_agent::exec::Tools;
 use npm_agent::interfaces::select::Selection;
+use npm_common::mark::ProofBit;
 use npm_tests::bench::lane::{Lane, measure};
 use npm_tests::bench::world::{BenchWorld, Size, all_flows};
 use npm_tests::lab::require_root;
@@ -55,6 +56,7 @@ fn lanes_pass_hits_and_drop_misses() -> Result<()> {
         iptables: tracking(Dialect::Nft),
         tools: Tools::default(),
         selection: Selection::default(),
+        proof: ProofBit::DEFAULT,
     };
     judged.enforce(|| -> Result<Box<dyn Backend>> { Ok(Box::new(Ebpf::new(options)?)) }, &world.goal)?;
     let mut lanes = [Lane::open("no policy", Dialect::Nft)?, filtered, judged];

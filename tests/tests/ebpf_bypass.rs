@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use npm_agent::backend::ebpf::choice::Choice;
 use npm_agent::conntrack::{Conntrack, MarkFilter};
 use npm_policy::flow::{Decision, Transport};
 use npm_policy::goal::Family;
@@ -27,20 +28,15 @@ metadata: {name: a, namespace: x}
 spec: {podSelector: {matchLabels: {app: a}}, policyTypes: [Ingress, Egress], ingress: [{from: [{podSelector: {matchLabels: {app: b}}}]}]}
 "#;
 
-/// All that is tried on this kernel.
-const VARIANTS: [&str; 4] = ["cast,maps,tcx", "cast,maps,clsact", "probe,maps,tcx", "probe,maps,clsact"];
-
 fn lasts() -> Result<Duration> {
     let seconds = std::env::var("NPM_FLOOD_SECONDS").unwrap_or_else(|_| "0.3".into());
     Ok(Duration::from_secs_f64(seconds.parse().context("NPM_FLOOD_SECONDS")?))
 }
 
-fn all_means() -> Result<Vec<(String, Means)>> {
+fn all_means() -> Vec<(String, Means)> {
     let mut all = vec![("iptables".to_owned(), Means::Backend)];
-    for variant in VARIANTS {
-        all.push((variant.to_owned(), Means::Ebpf(variant.parse()?)));
-    }
-    Ok(all)
+    all.extend(Choice::every().map(|choice| (choice.to_string(), Means::Ebpf(choice))));
+    all
 }
 
 #[test]
@@ -48,7 +44,7 @@ fn denied_pods_never_reach_each_other() -> Result<()> {
     if !require_root() {
         return Ok(());
     }
-    for (name, means) in all_means()? {
+    for (name, means) in all_means() {
         let mut stage = Stage::build(means)?;
         stage.enforcer.enforce(&World::default())?;
         stage.deafen()?;
@@ -91,7 +87,7 @@ fn denied_flows_leave_no_entries() -> Result<()> {
         return Ok(());
     }
     const FLOWS: u16 = 20_000;
-    for (name, means) in all_means()? {
+    for (name, means) in all_means() {
         let mut stage = Stage::build(means)?;
         stage.enforcer.enforce(&world(CLOSED)?)?;
         stage.deafen()?;
@@ -116,7 +112,7 @@ fn the_allowed_side_works_while_the_denied_one_floods() -> Result<()> {
     if !require_root() {
         return Ok(());
     }
-    for (name, means) in all_means()? {
+    for (name, means) in all_means() {
         let mut stage = Stage::build(means)?;
         stage.enforcer.enforce(&world(ONE_WAY)?)?;
         let port = Transport::Port(Protocol::Udp, 80);

@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use npm_agent::backend::Backend;
+use npm_agent::backend::ebpf::choice::Choice;
 use npm_agent::backend::ebpf::enforcer::{Ebpf, Options};
 use npm_agent::exec::Tools;
 use npm_agent::interfaces::select::Selection;
+use npm_common::mark::ProofBit;
 use npm_policy::compile::compile;
 use npm_policy::flow::Transport;
 use npm_policy::goal::Goal;
@@ -32,6 +34,7 @@ fn start(node: &Netns, choice: &str) -> Result<Ebpf> {
         iptables: tracking(Dialect::Nft),
         tools: Tools::default(),
         selection: Selection::default(),
+        proof: ProofBit::DEFAULT,
     };
     node.run(|| Ok(Ebpf::new(options)?))
 }
@@ -49,10 +52,11 @@ fn every_program_loads_and_goes() -> Result<()> {
     if !require_root() {
         return Ok(());
     }
-    for choice in ["", "cast,maps,tcx", "cast,maps,clsact", "probe,maps,tcx", "probe,maps,clsact"] {
+    let every = Choice::every().map(|choice| choice.to_string());
+    for choice in every.chain([String::new()]) {
         let namespaces = Namespaces::create(["node"])?;
         let node = &namespaces.members()[0];
-        let mut backend = start(node, choice)?;
+        let mut backend = start(node, &choice)?;
         assert!(!backend.inherits(), "{choice}: nothing was there");
         node.run(|| Ok(backend.apply(&Goal::default())?))?;
         assert!(pins(node).exists(), "{choice}");
@@ -99,7 +103,7 @@ fn restarts_leak_nothing() -> Result<()> {
     }
     let restarts = std::env::var("NPM_RESTARTS").unwrap_or_else(|_| "10".into());
     let restarts: usize = restarts.parse().context("NPM_RESTARTS")?;
-    for choice in ["tcx", "clsact"] {
+    for choice in ["kfuncs,tcx", "maps,clsact"] {
         let stage = Stage::build(Means::Nothing)?;
         let node = stage.node();
         let mut backend = start(node, choice)?;
@@ -143,7 +147,7 @@ fn connections_from_before_live_on() -> Result<()> {
     if !require_root() {
         return Ok(());
     }
-    for choice in ["cast", "probe"] {
+    for choice in ["cast,kfuncs", "probe,maps"] {
         let mut stage = Stage::build(Means::Nothing)?;
         let port = Transport::Port(Protocol::Tcp, 80);
         stage.lab.listen(&[port])?;

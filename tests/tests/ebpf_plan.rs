@@ -181,13 +181,19 @@ impl<A: OfFamily> Lookups<A, W> for Of<'_, '_, A> {
         self.packet.pass();
         Some(self.packet.held.borrow().policies.get(&id).copied().unwrap_or_default())
     }
-    fn segment(&self, index: u32) -> Option<Segment> {
-        self.packet.pass();
-        Some(self.packet.held.borrow().segments.get(&index).copied().unwrap_or_default())
-    }
     fn row(&self, index: u32) -> Option<Box<Bits<W>>> {
         self.packet.pass();
         Some(Box::new(self.packet.held.borrow().rows.get(&index).copied().unwrap_or([0; W])))
+    }
+    fn row_at(&self, policy: &Policy, position: u32) -> u32 {
+        let segment = |index: u32| {
+            self.packet.pass();
+            Some(self.packet.held.borrow().segments.get(&index).copied().unwrap_or_default())
+        };
+        decide::row_at(segment, policy, position)
+    }
+    fn meet(&self, row: &Bits<W>, bits: &Bits<W>) -> bool {
+        decide::meet(row, bits)
     }
 }
 

@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
+use npm_agent::backend::ebpf::choice::{Choice, Proofs};
 use npm_policy::flow::Transport;
 use npm_policy::model::Protocol;
 use npm_policy::world::World;
@@ -170,17 +171,27 @@ fn scenarios_by_the_backend() -> Result<()> {
     Ok(())
 }
 
-/// The same packets, judged by the programs.
+/// The same packets, judged by the programs with proofs in maps.
 #[test]
-fn scenarios_by_ebpf() -> Result<()> {
+fn scenarios_by_ebpf_with_maps() -> Result<()> {
+    scenarios_by_ebpf(Proofs::Maps)
+}
+
+/// With proofs in the connections' marks.
+#[test]
+fn scenarios_by_ebpf_with_kfuncs() -> Result<()> {
+    scenarios_by_ebpf(Proofs::Kfuncs)
+}
+
+fn scenarios_by_ebpf(proofs: Proofs) -> Result<()> {
     if !require_root() {
         return Ok(());
     }
     let scenarios = load("scenarios")?;
-    check(&scenarios, Means::Ebpf("cast,maps,tcx".parse()?), Dialect::Nft, Route::Straight);
-    check(&scenarios, Means::Ebpf("cast,maps,clsact".parse()?), Dialect::Legacy, Route::Straight);
-    check(&scenarios, Means::Ebpf("probe,maps,tcx".parse()?), Dialect::Legacy, Route::Straight);
-    check(&scenarios, Means::Ebpf("probe,maps,clsact".parse()?), Dialect::Nft, Route::Straight);
+    let choices = Choice::every().filter(|choice| choice.proofs == Some(proofs));
+    for (choice, dialect) in choices.zip(Dialect::BOTH.into_iter().cycle()) {
+        check(&scenarios, Means::Ebpf(choice), dialect, Route::Straight);
+    }
     Ok(())
 }
 

@@ -24,6 +24,18 @@ pub struct Headers {
 
 const _: () = assert!(size_of::<Headers>() == 40 && align_of::<Headers>() == 8);
 
+/// Who sends to whom, and where to. An IPv4 address is in the first four bytes; what is behind it means nothing. Addresses
+/// are at multiples of four bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ends<'a> {
+    /// The source address.
+    pub source: &'a [u8; 16],
+    /// The destination address.
+    pub destination: &'a [u8; 16],
+    /// IANA's number of the protocol, and the destination port; `None`: there is no port.
+    pub port: Option<(u8, u16)>,
+}
+
 const IPV6: u8 = 1;
 const PORTS: u8 = 2;
 const ICMPV6_TYPE: u8 = 4;
@@ -32,32 +44,20 @@ const LATER: u8 = 16;
 const ADDRESSES: u8 = 32;
 
 impl Headers {
-    /// What the first packet of a flow says, as far as policies judge it. An IPv4 address is in the first four bytes.
+    /// The ends and the port that policies judge.
     #[inline(always)]
-    pub fn of_flow(
-        family: Family,
-        source: &[u8; 16],
-        destination: &[u8; 16],
-        port: Option<(u8, u16)>,
-    ) -> Self {
-        let mut headers = Self { flags: ADDRESSES, ..Self::default() };
-        match family {
-            Family::V4 => {
-                headers.addresses[..4].copy_from_slice(&source[..4]);
-                headers.addresses[4..8].copy_from_slice(&destination[..4]);
-            }
-            Family::V6 => {
-                headers.flags |= IPV6;
-                headers.addresses[..16].copy_from_slice(source);
-                headers.addresses[16..].copy_from_slice(destination);
-            }
-        }
-        if let Some((protocol, port)) = port {
-            headers.flags |= PORTS;
-            headers.protocol = protocol;
-            headers.destination_port = port;
-        }
-        headers
+    pub fn ends(&self) -> Ends<'_> {
+        let [from, to] = match self.family() {
+            // Only the first four bytes of each count.
+            Family::V4 => [0, 4],
+            Family::V6 => [0, 16],
+        };
+        let (Some(source), Some(destination)) =
+            (self.addresses[from..].first_chunk(), self.addresses[to..].first_chunk())
+        else {
+            unreachable!("32 bytes hold 16 from 16 on")
+        };
+        Ends { source, destination, port: self.port() }
     }
 
     const fn is(&self, flag: u8) -> bool {

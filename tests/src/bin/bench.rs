@@ -21,6 +21,7 @@ use npm_agent::backend::iptables::variant::Variant;
 use npm_agent::backend::iptables::{Iptables, Options};
 use npm_agent::exec::Tools;
 use npm_agent::interfaces::select::Selection;
+use npm_common::mark::ProofBit;
 use npm_policy::flow::Flow;
 use npm_policy::goal::{Family, Goal};
 use npm_tests::bench::lane::{Lane, Times, measure, median};
@@ -223,6 +224,7 @@ impl Filter {
                     iptables: tracking(self.dialect()),
                     tools: Tools::default(),
                     selection: Selection::default(),
+                    proof: ProofBit::DEFAULT,
                 };
                 lane.enforce(|| Ok(Box::new(Ebpf::new(options)?)), goal)?;
             }

@@ -15,6 +15,7 @@ use npm_agent::backend::iptables::{Iptables, Options};
 use npm_agent::backend::{Applied, Backend};
 use npm_agent::exec::Tools;
 use npm_agent::interfaces::select::Selection;
+use npm_common::mark::ProofBit;
 use npm_policy::compile::compile;
 use npm_policy::goal::Family;
 use npm_policy::world::World;
@@ -116,6 +117,7 @@ impl Enforcer {
                     iptables: tracking(dialect),
                     tools: Tools::default(),
                     selection: Selection::default(),
+                    proof: ProofBit::DEFAULT,
                 };
                 let backend = netns.run(|| Ok(Box::new(Ebpf::new(options)?)))?;
                 Ok(Self::Ebpf { netns: netns.clone(), node: node.to_owned(), backend })

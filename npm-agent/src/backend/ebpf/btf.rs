@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use aya::EbpfLoader;
-use npm_common::kfunc::{CAST, CAST_CONTEXT, link};
+use npm_common::kfunc::{CAST, CAST_CONTEXT, CHANGE_TIMEOUT, LOOK_UP, RELEASE, link};
 
 /// Where the kernel shows its type information.
 const DIRECTORY: &str = "/sys/kernel/btf";
@@ -20,7 +20,7 @@ const UNION: u32 = 5;
 const FUNCTION: u32 = 12;
 
 /// The types that are asked for.
-const WANTED: [(u32, &str); 7] = [
+const WANTED: [(u32, &str); 10] = [
     (STRUCT, "sk_buff"),
     (STRUCT, "nf_conn"),
     (STRUCT, "nf_conntrack_man"),
@@ -28,6 +28,9 @@ const WANTED: [(u32, &str); 7] = [
     (STRUCT, "nf_conntrack_tuple_hash"),
     (FUNCTION, "bpf_cast_to_kern_ctx"),
     (FUNCTION, "bpf_rdonly_cast"),
+    (FUNCTION, "bpf_skb_ct_lookup"),
+    (FUNCTION, "bpf_ct_change_timeout"),
+    (FUNCTION, "bpf_ct_release"),
 ];
 /// Bytes of a structure's member.
 const MEMBER_LEN_BYTES: usize = 12;
@@ -77,6 +80,8 @@ pub struct Offsets {
     pub mark: u32,
     /// What the programs that cast need besides; `None`: this kernel can't.
     pub casts: Option<Casts>,
+    /// What the programs that write to connections need besides; `None`: this kernel can't.
+    pub writes: Option<Writes>,
 }
 
 /// The kernel's numbers for what the programs that cast use.
@@ -90,12 +95,28 @@ pub struct Casts {
     pub entry: u32,
 }
 
+/// The kernel's numbers for the functions by which programs write to connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Writes {
+    /// bpf_skb_ct_lookup.
+    pub look_up: u32,
+    /// bpf_ct_change_timeout.
+    pub change_timeout: u32,
+    /// bpf_ct_release.
+    pub release: u32,
+}
+
 impl Offsets {
     /// Writes this kernel's numbers into an object's bytes, wherever it calls functions of the kernel.
     pub fn link(&self, object: &mut [u8]) {
         if let Some(casts) = &self.casts {
             link(object, CAST_CONTEXT, casts.context.cast_signed());
             link(object, CAST, casts.cast.cast_signed());
+        }
+        if let Some(writes) = &self.writes {
+            link(object, LOOK_UP, writes.look_up.cast_signed());
+            link(object, CHANGE_TIMEOUT, writes.change_timeout.cast_signed());
+            link(object, RELEASE, writes.release.cast_signed());
         }
     }
 
@@ -106,7 +127,8 @@ impl Offsets {
             .override_global("ENTRY_TYPE", entry, true)
             .override_global("NFCT_OFFSET", &self.nfct, true)
             .override_global("ORIGINAL_OFFSET", &self.original, true)
-            .override_global("REPLY_OFFSET", &self.reply, true);
+            .override_global("REPLY_OFFSET", &self.reply, true)
+            .override_global("MARK_OFFSET", &self.mark, true);
     }
 
     /// Of the running kernel.
@@ -146,6 +168,22 @@ impl Offsets {
         if tuple != [0, 0, 16, 18, 20, 40] {
             return Err(BtfError::Layout { what: TUPLE });
         }
+        // The kernel resolves functions among its own types, not among a module's, unless a program names the module.
+        let number = |kind, name| types.first().and_then(|kernel| kernel.id(kind, name));
+        let casts = || {
+            Some(Casts {
+                context: number(FUNCTION, "bpf_cast_to_kern_ctx")?,
+                cast: number(FUNCTION, "bpf_rdonly_cast")?,
+                entry: number(STRUCT, "nf_conn")?,
+            })
+        };
+        let writes = || {
+            Some(Writes {
+                look_up: number(FUNCTION, "bpf_skb_ct_lookup")?,
+                change_timeout: number(FUNCTION, "bpf_ct_change_timeout")?,
+                release: number(FUNCTION, "bpf_ct_release")?,
+            })
+        };
         let hashes = offset("nf_conn", "tuplehash", "nf_conn.tuplehash")?;
         let within = offset("nf_conntrack_tuple_hash", "tuple", "nf_conntrack_tuple_hash.tuple")?;
         let stride = size("nf_conntrack_tuple_hash", "struct nf_conntrack_tuple_hash")?;
@@ -154,14 +192,8 @@ impl Offsets {
             original: hashes + within,
             reply: hashes + stride + within,
             mark: offset("nf_conn", "mark", "nf_conn.mark (CONFIG_NF_CONNTRACK_MARK)")?,
-            casts: types.first().and_then(|kernel| {
-                // The kernel resolves them among its own types, not among a module's.
-                Some(Casts {
-                    context: kernel.id(FUNCTION, "bpf_cast_to_kern_ctx")?,
-                    cast: kernel.id(FUNCTION, "bpf_rdonly_cast")?,
-                    entry: kernel.id(STRUCT, "nf_conn")?,
-                })
-            }),
+            casts: casts(),
+            writes: writes(),
         })
     }
 }
@@ -399,7 +431,8 @@ mod tests {
         made.structure("nf_conn", 240, &[("ct_general", 1, 0), ("tuplehash", 1, 24), ("mark", 1, 172)]);
     }
 
-    const EXPECTED: Offsets = Offsets { nfct: 104, original: 40, reply: 96, mark: 172, casts: None };
+    const EXPECTED: Offsets =
+        Offsets { nfct: 104, original: 40, reply: 96, mark: 172, casts: None, writes: None };
 
     #[test]
     fn offsets_are_found_in_unnamed_parts_too() {
@@ -427,18 +460,26 @@ mod tests {
     }
 
     #[test]
-    fn functions_for_casts_have_numbers() {
+    fn functions_have_numbers() {
         let mut made = Made::default();
         made.int();
         made.structure("sk_buff", 200, &[("next", 1, 0), ("_nfct", 1, 104)]);
         conntrack(&mut made);
-        for function in ["bpf_rdonly_cast", "bpf_cast_to_kern_ctx"] {
+        let functions = [
+            "bpf_rdonly_cast",
+            "bpf_cast_to_kern_ctx",
+            "bpf_ct_release",
+            "bpf_skb_ct_lookup",
+            "bpf_ct_change_timeout",
+        ];
+        for function in functions {
             let name = made.name(function);
             made.words(&[name, FUNCTION << 24, 1]);
         }
         let types = Types::parse(made.bytes(), None).unwrap();
         let casts = Some(Casts { context: 8, cast: 7, entry: 6 });
-        assert_eq!(Offsets::of(&[&types]).unwrap(), Offsets { casts, ..EXPECTED });
+        let writes = Some(Writes { look_up: 10, change_timeout: 11, release: 9 });
+        assert_eq!(Offsets::of(&[&types]).unwrap(), Offsets { casts, writes, ..EXPECTED });
     }
 
     #[test]

@@ -15,6 +15,9 @@ pub enum Reading {
 /// Where proofs are, and how the entries of denied connections go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Proofs {
+    /// In the connections' marks, by the kernel's functions for connections, which end entries too: from 6.1 on, with
+    /// connection tracking built in.
+    Kfuncs,
     /// In a map; user space deletes entries over ctnetlink.
     Maps,
 }
@@ -41,10 +44,39 @@ pub struct Choice {
 
 /// A word that names no choice.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{word:?} is no way to load the eBPF program; known are: cast, probe, maps, tcx, clsact")]
+#[error("{word:?} is no way to load the eBPF program; known are: cast, probe, kfuncs, maps, tcx, clsact")]
 pub struct UnknownChoice {
     /// The word.
     pub word: String,
+}
+
+impl Choice {
+    /// All that there are, with nothing left to the kernel.
+    pub fn every() -> impl Iterator<Item = Self> {
+        let readings = [Reading::Cast, Reading::Probe];
+        let pairs = readings
+            .into_iter()
+            .flat_map(|reading| [Proofs::Kfuncs, Proofs::Maps].map(|proofs| (reading, proofs)));
+        pairs.flat_map(|(reading, proofs)| {
+            [Hook::Tcx, Hook::Clsact].map(|hook| Self {
+                reading: Some(reading),
+                proofs: Some(proofs),
+                hook: Some(hook),
+            })
+        })
+    }
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { reading, proofs, hook } = self;
+        let words = [
+            reading.map(|reading| reading.to_string()),
+            proofs.map(|proofs| proofs.to_string()),
+            hook.map(|hook| hook.to_string()),
+        ];
+        f.write_str(&words.into_iter().flatten().collect::<Vec<_>>().join(","))
+    }
 }
 
 impl FromStr for Choice {
@@ -57,6 +89,7 @@ impl FromStr for Choice {
             match word {
                 "cast" => choice.reading = Some(Reading::Cast),
                 "probe" => choice.reading = Some(Reading::Probe),
+                "kfuncs" => choice.proofs = Some(Proofs::Kfuncs),
                 "maps" => choice.proofs = Some(Proofs::Maps),
                 "tcx" => choice.hook = Some(Hook::Tcx),
                 "clsact" => choice.hook = Some(Hook::Clsact),
@@ -72,6 +105,15 @@ impl fmt::Display for Reading {
         f.write_str(match self {
             Self::Cast => "cast",
             Self::Probe => "probe",
+        })
+    }
+}
+
+impl fmt::Display for Proofs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kfuncs => "kfuncs",
+            Self::Maps => "maps",
         })
     }
 }
@@ -95,6 +137,11 @@ mod tests {
         let all =
             Choice { reading: Some(Reading::Probe), proofs: Some(Proofs::Maps), hook: Some(Hook::Clsact) };
         assert_eq!("probe, maps,clsact".parse(), Ok(all));
+        assert_eq!("kfuncs".parse(), Ok(Choice { proofs: Some(Proofs::Kfuncs), ..Choice::default() }));
+        for choice in Choice::every() {
+            assert_eq!(choice.to_string().parse(), Ok(choice));
+        }
+        assert_eq!(Choice::every().collect::<std::collections::BTreeSet<_>>().len(), 8);
         assert_eq!("xdp".parse::<Choice>(), Err(UnknownChoice { word: "xdp".into() }));
     }
 }

@@ -1,8 +1,8 @@
 //! The kernel's connections and the programs' maps of them: what existed before enforcement is proven, what was denied is
 //! deleted.
 //!
-//! The kernel enters a connection before the programs see its first packet. A program cannot take the entry out again, so
-//! it notes the tuple in `DENIED`, and a thread here deletes the entry over ctnetlink. Until then the entry is harmless:
+//! The kernel enters a connection before the programs see its first packet. A program that cannot take the entry out again
+//! notes the tuple in `DENIED`, and a thread here deletes the entry over ctnetlink. Until then the entry is harmless:
 //! a packet of a connection without proof is judged, whatever the kernel says that it is.
 
 use std::net::IpAddr;
@@ -12,11 +12,13 @@ use std::time::Duration;
 
 use aya::maps::{HashMap, Map, MapData, MapError};
 use npm_common::conntrack::{FAMILY_V4, FAMILY_V6, Tuple as Key, listed};
+use npm_common::mark::ProofBit;
 
+use super::choice::Proofs;
 use super::kernel::KernelError;
 use super::maps::MapsError;
 use super::pins::Pins;
-use crate::conntrack::{Conntrack, ConntrackError, Detail, Tuple};
+use crate::conntrack::{Conntrack, ConntrackError, Detail, Entry, MarkFilter, Tuple};
 
 /// A [`Key`] as aya writes it.
 type Words = [u64; 5];
@@ -24,6 +26,8 @@ type Words = [u64; 5];
 /// A connection's protocols whose tuples hold ports, or what stands in their place (include/net/netfilter/
 /// nf_conntrack_tuple.h): TCP, UDP, DCCP, GRE, SCTP, UDP-Lite.
 const WITH_PORTS: [u8; 6] = [6, 17, 33, 47, 132, 136];
+/// Those of which the kernel's functions find the entries (net/netfilter/nf_conntrack_bpf.c): TCP, UDP.
+const FOUND: [u8; 2] = [6, 17];
 /// ICMP and ICMPv6.
 const ICMP: [u8; 2] = [1, 58];
 
@@ -130,10 +134,26 @@ impl Connections {
 ///
 /// # Errors
 /// The kernel did not list its connections, or the map could not be written.
-pub(super) fn prove_existing(pins: &Pins) -> Result<usize, KernelError> {
+pub(super) fn prove_existing(pins: &Pins, proofs: Proofs, bit: ProofBit) -> Result<usize, KernelError> {
+    let mut table = Conntrack::open()?;
+    match proofs {
+        Proofs::Kfuncs => Ok(table.mark_existing(bit.mask())?),
+        Proofs::Maps => list(pins, &table.entries()?),
+    }
+}
+
+/// Lists in the map what has its proof in the mark; gives how many that were.
+///
+/// # Errors
+/// As [`prove_existing`].
+pub(super) fn prove_marked(pins: &Pins, bit: ProofBit) -> Result<usize, KernelError> {
+    let marked = MarkFilter { value: bit.mask(), mask: bit.mask() };
+    list(pins, &Conntrack::open()?.entries_where(marked, |_| true)?)
+}
+
+fn list(pins: &Pins, entries: &[Entry]) -> Result<usize, KernelError> {
     let mut proofs = Connections::pinned(pins, "PROOFS")?;
-    let entries = Conntrack::open()?.entries()?;
-    for entry in &entries {
+    for entry in entries {
         let key = key(&entry.original);
         // Not over what a program knows better.
         match proofs.map.insert(words(&key), listed(&key), BPF_NOEXIST) {
@@ -160,8 +180,12 @@ impl Reaper {
     ///
     /// # Errors
     /// The kernel has no ctnetlink, a map is missing, or there can be no thread.
-    pub(super) fn start(pins: &Pins) -> Result<Self, KernelError> {
-        let mut scythe = Scythe::pinned(pins)?;
+    pub(super) fn start(pins: &Pins, proofs: Proofs, bit: ProofBit) -> Result<Self, KernelError> {
+        let marked = match proofs {
+            Proofs::Kfuncs => Some(bit),
+            Proofs::Maps => None,
+        };
+        let mut scythe = Scythe::pinned(pins, marked)?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("denied".into()).spawn(move || {
@@ -190,6 +214,8 @@ impl Drop for Reaper {
 }
 
 struct Scythe {
+    /// The proof of connections whose entries programs find.
+    marked: Option<ProofBit>,
     denied: Connections,
     proofs: Connections,
     table: Conntrack,
@@ -200,7 +226,7 @@ struct Scythe {
 /// # Errors
 /// A map is missing, or the kernel refused.
 pub(super) fn sweep(pins: &Pins) -> Result<(), KernelError> {
-    let mut scythe = Scythe::pinned(pins)?;
+    let mut scythe = Scythe::pinned(pins, None)?;
     for _ in 0..MOST_SWINGS {
         if scythe.swing()? == 0 {
             return Ok(());
@@ -210,8 +236,9 @@ pub(super) fn sweep(pins: &Pins) -> Result<(), KernelError> {
 }
 
 impl Scythe {
-    fn pinned(pins: &Pins) -> Result<Self, KernelError> {
+    fn pinned(pins: &Pins, marked: Option<ProofBit>) -> Result<Self, KernelError> {
         Ok(Self {
+            marked,
             denied: Connections::pinned(pins, "DENIED")?,
             proofs: Connections::pinned(pins, "PROOFS")?,
             table: Conntrack::open()?,
@@ -240,8 +267,11 @@ impl Scythe {
                 tuples.extend(tuple(key));
             }
         }
-        // No bit: the proof is not in the mark.
-        self.table.delete_unmarked(&tuples, 0)?;
+        // Where programs mark, a mark is newer than the note. Elsewhere it is nobody's word.
+        let (found, others): (Vec<_>, Vec<_>) =
+            tuples.into_iter().partition(|tuple| FOUND.contains(&tuple.protocol));
+        self.table.delete_unmarked(&found, self.marked.map_or(0, ProofBit::mask))?;
+        self.table.delete_unmarked(&others, 0)?;
         Ok(keys.len())
     }
 }

@@ -7,10 +7,11 @@ use aya::maps::{Array, PerCpuArray};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfLoader};
 use npm_common::event::{Mode, Outcome};
+use npm_common::mark::ProofBit;
 
 use super::any_maps::AnyMaps;
 use super::btf::Offsets;
-use super::choice::{Choice, Reading};
+use super::choice::{Choice, Proofs, Reading};
 use super::kernel::{KernelError, VERDICT, permitted};
 use super::maps::{MapsError, NAMES};
 use super::pins::Pins;
@@ -19,10 +20,26 @@ use super::width::Width;
 /// The maps that programs of every width share: what is known of connections, what packets came to, and the mode.
 const SHARED: [&str; 4] = ["PROOFS", "DENIED", "OUTCOME", "MODE"];
 
+/// Proofs that have room in the map where most are in the connections' marks. The least that the kernel takes for a map of
+/// this kind, whatever the number of CPUs.
+pub(super) const LEAST_PROOFS: u32 = 4096;
+
+/// What decides which programs are loaded, and how.
+#[derive(Clone, Debug)]
+pub(super) struct Settings<'a> {
+    /// What is forced.
+    pub(super) choice: Choice,
+    /// Where the maps that all widths share are.
+    pub(super) pins: &'a Pins,
+    /// The bit of connections' marks that is the proof.
+    pub(super) proof: ProofBit,
+}
+
 /// The programs, loaded.
 pub(super) struct Datapath {
     ebpf: Ebpf,
     reading: Reading,
+    proofs: Proofs,
     width: Width,
 }
 
@@ -32,13 +49,34 @@ impl Datapath {
     ///
     /// # Errors
     /// The process may not, or the kernel lacks what the programs need. Maps may have been pinned.
-    pub(super) fn load(
-        choice: Choice,
-        pins: &Pins,
+    pub(super) fn load(settings: &Settings<'_>, width: Width, directory: &Path) -> Result<Self, KernelError> {
+        let offsets = Offsets::of_this_kernel()?;
+        match (settings.choice.proofs, offsets.writes) {
+            (Some(proofs @ Proofs::Maps), _) => Self::load_with(settings, &offsets, proofs, width, directory),
+            (None, None) => Self::load_with(settings, &offsets, Proofs::Maps, width, directory),
+            (Some(Proofs::Kfuncs), None) => Err(KernelError::NoWrites),
+            (Some(proofs @ Proofs::Kfuncs), Some(_)) => {
+                Self::load_with(settings, &offsets, proofs, width, directory)
+            }
+            (None, Some(_)) => {
+                let marking = Self::load_with(settings, &offsets, Proofs::Kfuncs, width, directory);
+                // Its types do not say whether a kernel lets a mark be written (it does from 6.1 on): the verifier does.
+                if let Err(KernelError::Program(error)) = &marking {
+                    tracing::debug!(%error, "the kernel does not let programs write to connections");
+                    return Self::load_with(settings, &offsets, Proofs::Maps, width, directory);
+                }
+                marking
+            }
+        }
+    }
+
+    fn load_with(
+        Settings { choice, pins, proof }: &Settings<'_>,
+        offsets: &Offsets,
+        proofs: Proofs,
         width: Width,
         directory: &Path,
     ) -> Result<Self, KernelError> {
-        let offsets = Offsets::of_this_kernel()?;
         let reading = match (choice.reading, offsets.casts) {
             (Some(Reading::Probe), _) | (None, None) => Reading::Probe,
             (Some(Reading::Cast) | None, Some(_)) => Reading::Cast,
@@ -50,14 +88,19 @@ impl Datapath {
         let paths: Vec<_> = shared.chain(NAMES.iter().map(|name| (*name, directory.join(name)))).collect();
         let mut loader = EbpfLoader::new();
         offsets.tell(&mut loader);
+        let bit = proof.mask();
+        loader.override_global("PROOF_BIT", &bit, true);
+        if proofs == Proofs::Kfuncs {
+            loader.map_max_entries("PROOFS", LEAST_PROOFS);
+        }
         for (name, path) in &paths {
             loader.map_pin_path(name, path.as_path());
         }
         let mut ebpf = loader.load(&object).map_err(|error| permitted(error, KernelError::Object))?;
-        for name in [entry(reading), VERDICT] {
+        for name in [entry(reading, proofs), VERDICT] {
             program(&mut ebpf, name)?.load().map_err(|error| permitted(error, KernelError::Program))?;
         }
-        Ok(Self { ebpf, reading, width })
+        Ok(Self { ebpf, reading, proofs, width })
     }
 
     /// Pins the enforcing program in the place of the one that is pinned.
@@ -65,12 +108,17 @@ impl Datapath {
     /// # Errors
     /// It can't be pinned; the other is there still.
     pub(super) fn publish(&mut self, pins: &Pins) -> Result<(), KernelError> {
-        Ok(pins.replace_program(program(&mut self.ebpf, entry(self.reading))?)?)
+        Ok(pins.replace_program(program(&mut self.ebpf, entry(self.reading, self.proofs))?)?)
     }
 
     /// How it reads the kernel's connections.
     pub(super) fn reading(&self) -> Reading {
         self.reading
+    }
+
+    /// Where proofs are.
+    pub(super) fn proofs(&self) -> Proofs {
+        self.proofs
     }
 
     /// All programs and maps.
@@ -114,13 +162,15 @@ impl Datapath {
 }
 
 /// The names of all enforcing programs that there are and were.
-pub(super) const ENTRIES: [&str; 2] = ["enforce_probe", "enforce_cast"];
+pub(super) const ENTRIES: [&str; 4] = ["enforce_probe", "enforce_cast", "mark_probe", "mark_cast"];
 
 /// The name of the program in the object.
-pub(super) fn entry(reading: Reading) -> &'static str {
-    match reading {
-        Reading::Cast => "enforce_cast",
-        Reading::Probe => "enforce_probe",
+pub(super) fn entry(reading: Reading, proofs: Proofs) -> &'static str {
+    match (reading, proofs) {
+        (Reading::Cast, Proofs::Maps) => "enforce_cast",
+        (Reading::Probe, Proofs::Maps) => "enforce_probe",
+        (Reading::Cast, Proofs::Kfuncs) => "mark_cast",
+        (Reading::Probe, Proofs::Kfuncs) => "mark_probe",
     }
 }
 

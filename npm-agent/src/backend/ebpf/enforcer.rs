@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use npm_common::event::{Mode, Outcome};
+use npm_common::mark::ProofBit;
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::Goal;
 
 use super::any_maps::AnyMaps;
 use super::attach::{Attachments, detach_clsact};
-use super::choice::Choice;
-use super::connections::{Reaper, prove_existing, sweep};
-use super::datapath::{Datapath, ENTRIES};
+use super::choice::{Choice, Proofs};
+use super::connections::{Reaper, prove_existing, prove_marked, sweep};
+use super::datapath::{Datapath, ENTRIES, Settings};
 use super::kernel::{KernelError, verdict};
 use super::lower::decision;
 use super::maps::{ApplyError, Writes};
@@ -36,6 +37,8 @@ pub struct Options {
     pub tools: Tools,
     /// Which interfaces are left out.
     pub selection: Selection,
+    /// The bit of connections' marks that is the proof.
+    pub proof: ProofBit,
 }
 
 /// The backend. It works in the network namespace of the thread that calls it.
@@ -44,6 +47,7 @@ pub struct Ebpf {
     tools: Tools,
     pins: Pins,
     choice: Choice,
+    proof: ProofBit,
     datapath: Datapath,
     maps: AnyMaps,
     /// What packets are judged by; `None` before the first apply.
@@ -63,24 +67,30 @@ impl Ebpf {
     /// # Errors
     /// The process may not, or the kernel lacks what is needed.
     pub fn new(options: Options) -> Result<Self, BackendError> {
-        let Options { instance, choice, iptables, tools, selection } = options;
+        let Options { instance, choice, iptables, tools, selection, proof } = options;
         let pins = Pins::of(&instance).map_err(KernelError::from)?;
         pins.make().map_err(KernelError::from)?;
         let width = pins.width();
-        let mut datapath = Datapath::load(choice, &pins, width, &pins.rows(width))?;
-        datapath.publish(&pins)?;
+        let settings = Settings { choice, pins: &pins, proof };
+        let mut datapath = Datapath::load(&settings, width, &pins.rows(width))?;
         let inherited = datapath.mode()? == Mode::Enforce;
+        if inherited && datapath.proofs() == Proofs::Maps {
+            // They may be in marks: an earlier process may have chosen otherwise.
+            prove_marked(&pins, proof)?;
+        }
+        datapath.publish(&pins)?;
         let maps = datapath.take_maps()?;
         let attachments = Attachments::new(pins.clone(), choice, selection).map_err(KernelError::from)?;
-        let reaper = Some(Reaper::start(&pins)?);
+        let reaper = Some(Reaper::start(&pins, datapath.proofs(), proof)?);
         tracing::info!(
-            reading = %datapath.reading(), hook = %attachments.hook(), inherited, "the eBPF program is loaded"
+            reading = %datapath.reading(), proofs = %datapath.proofs(), hook = %attachments.hook(), inherited, "the eBPF program is loaded"
         );
         let mut ebpf = Self {
             iptables,
             tools,
             pins,
             choice,
+            proof,
             datapath,
             maps,
             goal: None,
@@ -118,10 +128,15 @@ impl Ebpf {
         Ok(new)
     }
 
+    fn settings(&self) -> Settings<'_> {
+        let choice = Choice { proofs: Some(self.datapath.proofs()), ..self.choice };
+        Settings { choice, pins: &self.pins, proof: self.proof }
+    }
+
     /// Goes on with programs of another width, which judge by `goal` from the first packet on.
     fn widen(&mut self, goal: &Goal, width: Width) -> Result<Writes, KernelError> {
         let directory = self.pins.begin(width)?;
-        let mut datapath = Datapath::load(self.choice, &self.pins, width, &directory)?;
+        let mut datapath = Datapath::load(&self.settings(), width, &directory)?;
         let mut maps = datapath.take_maps()?;
         let writes = maps.apply(goal)?;
         self.pins.finish(width)?;
@@ -194,7 +209,7 @@ impl Backend for Ebpf {
             tracked?;
             // In this order: from here on every new connection is judged, and its proof is recorded; then those that were
             // there before get theirs; then what has none is dropped.
-            let proven = prove_existing(&self.pins)?;
+            let proven = prove_existing(&self.pins, self.datapath.proofs(), self.proof)?;
             self.datapath.set_mode(Mode::Enforce)?;
             tracing::info!(connections = proven, "policies are enforced; connections that existed live on");
             // That the rule was not there yet is no drift.

@@ -385,11 +385,16 @@ impl<'a, A: Address, const W: usize> Lookups<A, W> for View<'a, A, W> {
         Some(self.shared.policies.get(&id).copied().unwrap_or_default())
     }
 
-    fn segment(&self, index: u32) -> Option<Segment> {
-        Some(self.shared.segments.get(&index).copied().unwrap_or_default())
-    }
-
     fn row(&self, index: u32) -> Option<&'a Bits<W>> {
         Some(self.shared.rows.get(&index).unwrap_or(&[0; W]))
+    }
+
+    fn row_at(&self, policy: &Policy, position: u32) -> u32 {
+        let segment = |index: u32| Some(self.shared.segments.get(&index).copied().unwrap_or_default());
+        decide::row_at(segment, policy, position)
+    }
+
+    fn meet(&self, row: &Bits<W>, bits: &Bits<W>) -> bool {
+        decide::meet(row, bits)
     }
 }

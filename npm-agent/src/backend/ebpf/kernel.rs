@@ -13,6 +13,7 @@ use npm_policy::goal::Goal;
 use super::any_maps::AnyMaps;
 use super::attach::AttachError;
 use super::btf::BtfError;
+use super::datapath::LEAST_PROOFS;
 use super::maps::{ApplyError, MapsError, Writes};
 use super::packet::opening;
 use super::pins::PinsError;
@@ -20,9 +21,6 @@ use super::width::Width;
 use crate::backend::BackendError;
 use crate::conntrack::ConntrackError;
 use crate::interfaces::follow::FollowError;
-
-/// As few as the kernel takes for a map of this kind, whatever the number of CPUs.
-const LEAST_PROOFS: u32 = 4096;
 
 /// The program that is asked.
 pub(super) const VERDICT: &str = "verdict";
@@ -66,6 +64,9 @@ pub enum KernelError {
     /// The programs that cast were asked for.
     #[error("this kernel has no functions to cast to its connections")]
     NoCasts,
+    /// The programs that write to connections were asked for.
+    #[error("this kernel has no functions to write to its connections")]
+    NoWrites,
     /// Nothing can be pinned.
     #[error("cannot keep eBPF maps beyond the process")]
     Pins(#[from] PinsError),
