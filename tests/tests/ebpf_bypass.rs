@@ -29,7 +29,7 @@ spec: {podSelector: {matchLabels: {app: a}}, policyTypes: [Ingress, Egress], ing
 "#;
 
 fn lasts() -> Result<Duration> {
-    let seconds = std::env::var("NPM_FLOOD_SECONDS").unwrap_or_else(|_| "0.3".into());
+    let seconds = std::env::var("NPM_FLOOD_SECONDS").unwrap_or_else(|_| "0.15".into());
     Ok(Duration::from_secs_f64(seconds.parse().context("NPM_FLOOD_SECONDS")?))
 }
 
