@@ -12,7 +12,7 @@ use npm_agent::backend::ebpf::held::{FamilyWrite, Held, HeldFamily, Limits, Read
 use npm_agent::backend::ebpf::lower::{Lowered, OfFamily, isolated, lower_with};
 use npm_agent::backend::ebpf::plan::{Full, MapName, Step, filled, isolate, plan, settle};
 use npm_common::decide::{self, Judgement, Lookups, Verdict};
-use npm_common::layout::{Address, Bits, Generation, PairRecord, Policy, Record, Segment, V4, V6};
+use npm_common::layout::{Address, Bits, Generation, PairRecord, Policy, Record, V4, V6};
 use npm_policy::compile::Compiler;
 use npm_policy::flow::{Flow, Transport};
 use npm_policy::goal::Goal;
