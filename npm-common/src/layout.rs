@@ -59,7 +59,7 @@ pub const MAX_RECORDS: u32 = 32_768;
 /// Entries of each family's map of networks: prefixes of blocks and of their excepts.
 pub const MAX_NETWORKS: u32 = 32_768;
 /// Entries of each family's maps of pairs and of their records.
-pub const MAX_PAIRS: u32 = 32_768;
+pub const MAX_PAIRS: u32 = 16_384;
 /// Policy ids, [`NOT_ISOLATED`] included.
 pub const MAX_POLICIES: u32 = 4096;
 /// Segments of all policies together.
@@ -67,9 +67,9 @@ pub const MAX_SEGMENTS: u32 = 65_536;
 /// Rows of addresses and segments together, [`NOBODY`] included.
 pub const MAX_ROWS: u32 = 32_768;
 /// Entries of the map of proofs: connections that were allowed, the least recently used going first.
-pub const MAX_PROOFS: u32 = 65_536;
+pub const MAX_PROOFS: u32 = 24_576;
 /// Entries of the map of denied connections: those that wait for user space to delete the kernel's entry.
-pub const MAX_DENIED: u32 = 65_536;
+pub const MAX_DENIED: u32 = 32_768;
 
 /// Sets a bit; `false` when the row is too narrow for it.
 pub fn set_bit<const W: usize>(bits: &mut Bits<W>, bit: usize) -> bool {

@@ -34,7 +34,7 @@ use crate::lab::{Host, Lab, Spec};
 /// Where the node sends everything: to the sink, which has this address on paper only.
 const NEXT_HOP: [(&str, &str); 2] = [("-4", "169.254.9.9"), ("-6", "fe80::99")];
 /// The node's device towards the sink: the second pod's.
-const OUT: &str = "veth1";
+pub(super) const OUT: &str = "veth1";
 
 /// A node that filters, between a generator and a sink.
 pub struct Lane {
@@ -90,6 +90,19 @@ impl Lane {
     /// None: the node is there.
     pub fn node(&self) -> Result<&Netns> {
         self.lab.netns("node")
+    }
+
+    /// The namespace of this name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(super) fn netns(&self, name: &str) -> Result<&Netns> {
+        self.lab.netns(name)
+    }
+
+    /// Sends from the generator.
+    pub(super) fn sender(&self) -> &IpSender {
+        &self.sender
     }
 
     /// Makes the node filter.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use npm_agent::backend::ebpf::choice::Choice;
+use npm_agent::backend::ebpf::choice::{self, Choice};
 use npm_agent::backend::ebpf::enforcer::{Ebpf, Options as EbpfOptions};
 use npm_agent::backend::ebpf::kernel::Kernel;
 use npm_agent::backend::ebpf::width::Width;
@@ -21,11 +21,14 @@ use npm_agent::backend::iptables::variant::Variant;
 use npm_agent::backend::iptables::{Iptables, Options};
 use npm_agent::exec::Tools;
 use npm_agent::interfaces::select::Selection;
+use npm_common::conntrack::Tuple;
 use npm_common::mark::ProofBit;
-use npm_policy::flow::Flow;
+use npm_policy::flow::{Flow, Transport};
 use npm_policy::goal::{Family, Goal};
+use npm_policy::model::Protocol;
+use npm_tests::bench::established::established_times;
 use npm_tests::bench::lane::{Lane, Times, measure, median};
-use npm_tests::bench::runs::{maps, verdict_times};
+use npm_tests::bench::runs::{MapMemory, maps, verdict_times};
 use npm_tests::bench::world::{BenchWorld, Kind, LOCAL_PODS, NODE, Size, all_flows};
 use npm_tests::lab::service::Dialect;
 use npm_tests::programs;
@@ -88,6 +91,9 @@ fn main() -> Result<()> {
         let flows = all_flows(&world, 64, arguments.seed)?;
         runs(&world, &flows, arguments.rounds)?;
         if !arguments.skip_packets {
+            if Some(policies) == arguments.policies.first() {
+                established(&world, &arguments)?;
+            }
             let medians = packets(&world, &flows, &arguments)?;
             table.extend(medians.into_iter().map(|(name, class, median)| ((name, class, *policies), median)));
         }
@@ -160,9 +166,21 @@ fn memory() -> Result<()> {
             map.memory_bytes.div_ceil(1024)
         );
     }
-    println!("total: {:.1} MiB", total as f64 / f64::from(1 << 20));
+    let mebibytes = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    println!("total with proofs in marks: {:.1} MiB", mebibytes(total));
+    // The same with the map of proofs as large as the object has it.
+    let is_proofs =
+        |map: &MapMemory| map.sizes_bytes == (size_of::<Tuple>() as u64, 8) && map.map_type == LRU_HASH;
+    let small: u64 = maps()?.iter().filter(|map| is_proofs(map)).map(|map| map.memory_bytes).sum();
+    let object = programs::object()?;
+    let both: u64 = maps()?.iter().filter(|map| is_proofs(map)).map(|map| map.memory_bytes).sum();
+    drop(object);
+    println!("total with proofs in maps: {:.1} MiB", mebibytes(total + both - 2 * small));
     Ok(())
 }
+
+/// `BPF_MAP_TYPE_LRU_HASH` (include/uapi/linux/bpf.h).
+const LRU_HASH: &str = "9";
 
 /// The program by itself.
 fn runs(world: &BenchWorld, flows: &BTreeMap<(Kind, Family), Vec<Flow>>, rounds: u32) -> Result<()> {
@@ -184,6 +202,34 @@ fn runs(world: &BenchWorld, flows: &BTreeMap<(Kind, Family), Vec<Flow>>, rounds:
     }
     Ok(())
 }
+
+/// A program's time for a packet of an established connection.
+fn established(world: &BenchWorld, arguments: &Arguments) -> Result<()> {
+    println!(
+        "\nestablished packet, UDP, ns above an empty program, interleaved (best of {}; the bars are 15 with casts, 80 \
+         without):",
+        arguments.rounds
+    );
+    let choices: Vec<Choice> =
+        Choice::every().filter(|choice| choice.hook == Some(choice::Hook::Tcx)).collect();
+    for family in Family::BOTH {
+        let flows = world.flows(Kind::Hit, family, 64, arguments.seed)?;
+        let udp = |flow: &&Flow| matches!(flow.transport, Transport::Port(Protocol::Udp, _));
+        let Some(flow) = flows.iter().find(udp) else {
+            println!("  {family:?}: not measured: no flow of UDP is allowed");
+            continue;
+        };
+        for (choice, time) in
+            established_times(&world.goal, flow, &choices, (arguments.rounds, PACKETS_ESTABLISHED))?
+        {
+            println!("  {family:?} {choice}: {time:.1}");
+        }
+    }
+    Ok(())
+}
+
+/// Packets a batch of an established connection.
+const PACKETS_ESTABLISHED: u32 = 2000;
 
 /// Who filters in a lane.
 #[derive(Clone, Copy)]
