@@ -2,9 +2,9 @@
 //! are `cargo xtask bench`'s; here they are not looked at.
 #![forbid(unsafe_code)]
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use npm_agent::backend::Backend;
-use npm_agent::backend::ebpf::choice::Choice;
+use npm_agent::backend::ebpf::choice::{Choice, Hook};
 use npm_agent::backend::ebpf::enforcer::{Ebpf, Options as EbpfOptions};
 use npm_agent::backend::ebpf::held::Limits;
 use npm_agent::backend::ebpf::lower::{Lowered, lower};
@@ -14,8 +14,12 @@ use npm_agent::backend::iptables::{Iptables, Options};
 use npm_agent::exec::Tools;
 use npm_agent::interfaces::select::Selection;
 use npm_common::mark::ProofBit;
+use npm_policy::flow::{Flow, Transport};
+use npm_policy::goal::Family;
+use npm_policy::model::Protocol;
+use npm_tests::bench::established::established_times;
 use npm_tests::bench::lane::{Lane, measure};
-use npm_tests::bench::world::{BenchWorld, Size, all_flows};
+use npm_tests::bench::world::{BenchWorld, Kind, Size, all_flows};
 use npm_tests::lab::require_root;
 use npm_tests::lab::service::Dialect;
 use npm_tests::opinions::plain;
@@ -35,6 +39,24 @@ fn the_world_is_as_described() -> Result<()> {
         for flow in flows.values().flatten() {
             ensure!(plain(&world.goal.verdict(flow)) == maps.decide(flow), "{flow}");
         }
+    }
+    Ok(())
+}
+
+/// That every packet was proven is checked by what measures.
+#[test]
+fn packets_of_established_connections_are_proven_in_every_way() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let world = BenchWorld::make(Size { policies: 20, other_pods: 500 })?;
+    let choices: Vec<Choice> = Choice::every().filter(|choice| choice.hook == Some(Hook::Tcx)).collect();
+    for family in Family::BOTH {
+        let flows = world.flows(Kind::Hit, family, 64, 1)?;
+        let udp = |flow: &&Flow| matches!(flow.transport, Transport::Port(Protocol::Udp, _));
+        let flow = flows.iter().find(udp).context("a policy allows UDP")?;
+        let times = established_times(&world.goal, flow, &choices, (1, 20))?;
+        ensure!(times.len() == choices.len(), "{family:?}: {times:?}");
     }
     Ok(())
 }

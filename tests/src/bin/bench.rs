@@ -5,6 +5,7 @@
 //! cargo xtask bench datapath                          N = 1, 10, 100, 1,000, 10,000 (minutes)
 //! cargo xtask bench datapath --policies 1 100         some
 //! cargo xtask bench datapath --rounds 3 --skip-packets  the program alone
+//! cargo xtask bench datapath --policies 10000 --skip-iptables
 //! ```
 #![forbid(unsafe_code)]
 
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use npm_agent::backend::ebpf::choice::{self, Choice};
+use npm_agent::backend::ebpf::choice::{Choice, Hook, Proofs};
 use npm_agent::backend::ebpf::enforcer::{Ebpf, Options as EbpfOptions};
 use npm_agent::backend::ebpf::kernel::Kernel;
 use npm_agent::backend::ebpf::width::Width;
@@ -64,6 +65,9 @@ struct Arguments {
     /// Which flows are taken
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Do not measure iptables, which takes long to take many policies
+    #[arg(long)]
+    skip_iptables: bool,
     /// Do not send packets
     #[arg(long)]
     skip_packets: bool,
@@ -210,8 +214,7 @@ fn established(world: &BenchWorld, arguments: &Arguments) -> Result<()> {
          without):",
         arguments.rounds
     );
-    let choices: Vec<Choice> =
-        Choice::every().filter(|choice| choice.hook == Some(choice::Hook::Tcx)).collect();
+    let choices: Vec<Choice> = Choice::every().filter(|choice| choice.hook == Some(Hook::Tcx)).collect();
     for family in Family::BOTH {
         let flows = world.flows(Kind::Hit, family, 64, arguments.seed)?;
         let udp = |flow: &&Flow| matches!(flow.transport, Transport::Port(Protocol::Udp, _));
@@ -236,17 +239,24 @@ const PACKETS_ESTABLISHED: u32 = 2000;
 enum Filter {
     Nobody,
     Iptables(Variant),
-    Ebpf,
+    Ebpf(Proofs),
 }
 
 impl Filter {
-    const ALL: [Self; 4] =
-        [Self::Nobody, Self::Ebpf, Self::Iptables(Variant::Nft), Self::Iptables(Variant::Legacy)];
+    /// Those that are there to be compared with stand first.
+    const ALL: [Self; 5] = [
+        Self::Nobody,
+        Self::Ebpf(Proofs::Kfuncs),
+        Self::Ebpf(Proofs::Maps),
+        Self::Iptables(Variant::Nft),
+        Self::Iptables(Variant::Legacy),
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Self::Nobody => "no policy",
-            Self::Ebpf => "eBPF",
+            Self::Ebpf(Proofs::Kfuncs) => "eBPF (marks)",
+            Self::Ebpf(Proofs::Maps) => "eBPF (maps)",
             Self::Iptables(Variant::Nft) => "iptables (nft)",
             Self::Iptables(Variant::Legacy) => "iptables (legacy)",
         }
@@ -254,7 +264,7 @@ impl Filter {
 
     fn dialect(self) -> Dialect {
         match self {
-            Self::Nobody | Self::Ebpf | Self::Iptables(Variant::Nft) => Dialect::Nft,
+            Self::Nobody | Self::Ebpf(_) | Self::Iptables(Variant::Nft) => Dialect::Nft,
             Self::Iptables(Variant::Legacy) => Dialect::Legacy,
         }
     }
@@ -263,10 +273,10 @@ impl Filter {
         let mut lane = Lane::open(self.name(), self.dialect())?;
         match self {
             Self::Nobody => {}
-            Self::Ebpf => {
+            Self::Ebpf(proofs) => {
                 let options = EbpfOptions {
-                    instance: format!("bench-{}", std::process::id()),
-                    choice: Choice::default(),
+                    instance: format!("bench-{}-{proofs}", std::process::id()),
+                    choice: Choice { proofs: Some(proofs), ..Choice::default() },
                     iptables: tracking(self.dialect()),
                     tools: Tools::default(),
                     selection: Selection::default(),
@@ -295,7 +305,8 @@ fn packets(
     arguments: &Arguments,
 ) -> Result<Vec<Median>> {
     let (mut names, mut lanes) = (Vec::new(), Vec::new());
-    for filter in Filter::ALL {
+    let is_wanted = |filter: &Filter| !(arguments.skip_iptables && matches!(filter, Filter::Iptables(_)));
+    for filter in Filter::ALL.into_iter().filter(is_wanted) {
         let began = Instant::now();
         match filter.lane(&world.goal) {
             Ok(lane) => {
