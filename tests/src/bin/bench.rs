@@ -82,6 +82,7 @@ fn main() -> Result<()> {
     counts(arguments.rounds)?;
     memory()?;
     let mut table = Table::new();
+    let mut is_measured = false;
     for policies in &arguments.policies {
         let began = Instant::now();
         let size = Size { policies: *policies, other_pods: arguments.other_pods };
@@ -95,8 +96,8 @@ fn main() -> Result<()> {
         let flows = all_flows(&world, 64, arguments.seed)?;
         runs(&world, &flows, arguments.rounds)?;
         if !arguments.skip_packets {
-            if Some(policies) == arguments.policies.first() {
-                established(&world, &arguments)?;
+            if !is_measured {
+                is_measured = established(&world, &arguments)?;
             }
             let medians = packets(&world, &flows, &arguments)?;
             table.extend(medians.into_iter().map(|(name, class, median)| ((name, class, *policies), median)));
@@ -207,28 +208,29 @@ fn runs(world: &BenchWorld, flows: &BTreeMap<(Kind, Family), Vec<Flow>>, rounds:
     Ok(())
 }
 
-/// A program's time for a packet of an established connection.
-fn established(world: &BenchWorld, arguments: &Arguments) -> Result<()> {
+/// A program's time for a packet of an established connection; whether the world has any.
+fn established(world: &BenchWorld, arguments: &Arguments) -> Result<bool> {
+    let mut found = Vec::new();
+    for family in Family::BOTH {
+        let flows = world.flows(Kind::Hit, family, 64, arguments.seed)?;
+        let is_udp = |flow: &Flow| matches!(flow.transport, Transport::Port(Protocol::Udp, _));
+        let Some(flow) = flows.into_iter().find(is_udp) else { return Ok(false) };
+        found.push((family, flow));
+    }
     println!(
         "\nestablished packet, UDP, ns above an empty program, interleaved (best of {}; the bars are 15 with casts, 80 \
          without):",
         arguments.rounds
     );
     let choices: Vec<Choice> = Choice::every().filter(|choice| choice.hook == Some(Hook::Tcx)).collect();
-    for family in Family::BOTH {
-        let flows = world.flows(Kind::Hit, family, 64, arguments.seed)?;
-        let udp = |flow: &&Flow| matches!(flow.transport, Transport::Port(Protocol::Udp, _));
-        let Some(flow) = flows.iter().find(udp) else {
-            println!("  {family:?}: not measured: no flow of UDP is allowed");
-            continue;
-        };
+    for (family, flow) in found {
         for (choice, time) in
-            established_times(&world.goal, flow, &choices, (arguments.rounds, PACKETS_ESTABLISHED))?
+            established_times(&world.goal, &flow, &choices, (arguments.rounds, PACKETS_ESTABLISHED))?
         {
             println!("  {family:?} {choice}: {time:.1}");
         }
     }
-    Ok(())
+    Ok(true)
 }
 
 /// Packets a batch of an established connection.
