@@ -1,6 +1,8 @@
 //! A real Prometheus, and something for it to scrape.
 
 pub mod agent;
+pub mod panels;
+pub mod relay;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -118,6 +120,17 @@ impl Prometheus {
         let data = self.api(&format!("query?query={}", encoded(expression)))?;
         let result = data["result"].as_array().cloned();
         result.with_context(|| format!("{expression}: no list of samples: {data}"))
+    }
+
+    /// The samples that a query gives from `start` to `end`, in seconds since 1970, every `step` seconds.
+    ///
+    /// # Errors
+    /// Prometheus does not take the query.
+    pub fn range(&self, expression: &str, start: f64, end: f64, step: u32) -> Result<Vec<Value>> {
+        let query = encoded(expression);
+        let data = self.api(&format!("query_range?query={query}&start={start}&end={end}&step={step}"))?;
+        let result = data["result"].as_array().cloned();
+        result.with_context(|| format!("{expression}: no list of series: {data}"))
     }
 
     /// The value of a query that gives one sample; `None`: it gives none.

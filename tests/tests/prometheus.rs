@@ -12,6 +12,7 @@ use npm_policy::model::{
 use npm_policy::world::Change;
 use npm_tests::exec;
 use npm_tests::monitoring::agent::Scrapable;
+use npm_tests::monitoring::panels::{self, Query};
 use npm_tests::monitoring::{PATIENCE, Prometheus, is_installed};
 use serde_json::Value;
 
@@ -365,27 +366,6 @@ fn a_refused_manifest_fires_the_documented_alert_once() -> Result<()> {
     Ok(())
 }
 
-/// Every query of a dashboard: (panel, expression, legend).
-fn queries(value: &Value, found: &mut Vec<(String, String, String)>) {
-    for panel in value["panels"].as_array().into_iter().flatten() {
-        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        for target in panel["targets"].as_array().into_iter().flatten() {
-            found.push((text(&panel["title"]), text(&target["expr"]), text(&target["legendFormat"])));
-        }
-        queries(panel, found);
-    }
-}
-
-/// What a variable stands for when everything is chosen.
-fn substituted(expression: &str) -> String {
-    let mut text = expression.replace("$__rate_interval", "1m");
-    for variable in ["$cluster", "$node", "$backend", "$quantile"] {
-        text = text.replace(variable, ".*");
-    }
-    assert!(!text.contains('$'), "an unknown variable: {expression}");
-    text
-}
-
 #[test]
 fn every_query_of_every_dashboard_gives_data() -> Result<()> {
     if !is_installed() {
@@ -410,24 +390,16 @@ fn every_query_of_every_dashboard_gives_data() -> Result<()> {
 
     let tracked = Path::new("/proc/sys/net/netfilter/nf_conntrack_count").exists();
     let mut count = 0;
-    for entry in std::fs::read_dir(deployed("grafana")).context("listing the dashboards")? {
-        let path = entry.context("listing the dashboards")?.path();
-        if path.extension().is_none_or(|extension| extension != "json") {
-            continue;
-        }
-        let text = std::fs::read_to_string(&path).context("reading a dashboard")?;
-        let dashboard: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+    for (name, dashboard) in panels::dashboards(&deployed("grafana"))? {
         check_variables(&fleet.prometheus, &dashboard)?;
-        let mut found = Vec::new();
-        queries(&dashboard, &mut found);
-        for (panel, expression, legend) in found {
-            let result = fleet.prometheus.query(&substituted(&expression));
-            let result = result.with_context(|| format!("{}: {panel}", path.display()))?;
+        for Query { panel: _, title, letter, expression, legend, instant: _ } in panels::queries(&dashboard) {
+            let result = fleet.prometheus.query(&panels::substituted(&expression, "1m"));
+            let result = result.with_context(|| format!("{name}: {title} {letter}"))?;
             let optional = expression.contains("conntrack") && !tracked;
-            ensure!(!result.is_empty() || optional, "{}: {panel}: no data: {expression}", path.display());
+            ensure!(!result.is_empty() || optional, "{name}: {title} {letter}: no data: {expression}");
             for label in legend.split("{{").skip(1).filter_map(|rest| rest.split("}}").next()) {
                 let has = |sample: &Value| sample["metric"][label].is_string();
-                ensure!(result.iter().all(has), "{panel}: no label {label}: {expression}");
+                ensure!(result.iter().all(has), "{title} {letter}: no label {label}: {expression}");
             }
             count += 1;
         }
