@@ -13,7 +13,7 @@ use crate::exec::Program;
 use crate::sink::Sink;
 use crate::summary::Counts;
 use crate::tree::Tree;
-use crate::{ebpf, manifests, packages};
+use crate::{dashboards, ebpf, manifests, packages};
 
 /// One step of the check.
 struct Step {
@@ -79,6 +79,7 @@ const STEPS: &[Step] = &[
         },
     },
     Step { name: "manifests", needs: &["setup"], run: |tree, log| manifests::check(tree, log).map(Some) },
+    Step { name: "dashboards", needs: &["setup"], run: |tree, log| dashboards::check(tree, log).map(Some) },
     Step { name: "ebpf", needs: &[], run: |tree, log| ebpf::check(tree, log).map(Some) },
     Step { name: "clippy-ebpf", needs: &["ebpf"], run: ebpf::lint },
     Step {

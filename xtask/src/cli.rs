@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 
 use crate::sink::Sink;
 use crate::tree::Tree;
-use crate::{chaos, check, clean_lab, demo, ebpf, manifests, packages, real_apiserver};
+use crate::{chaos, check, clean_lab, dashboards, demo, ebpf, manifests, packages, real_apiserver};
 
 /// Project tasks of npm-agent.
 #[derive(Parser)]
@@ -67,6 +67,15 @@ enum Task {
     },
     /// Build every kustomization of deploy/ and check it against the Kubernetes schemas
     Manifests,
+    /// Check the dashboards, the workbook and KQL; run two agents and draw what the dashboards show (needs root)
+    Dashboards {
+        /// Only check: no agents, no drawing, small downloads
+        #[arg(long)]
+        check: bool,
+        /// How long the agents run
+        #[arg(long, default_value_t = 300)]
+        seconds: u32,
+    },
     /// Delete lab network namespaces whose process is gone
     CleanLab,
 }
@@ -103,6 +112,14 @@ pub(crate) fn run() -> Result<ExitCode> {
         Task::Manifests => {
             packages::install_missing(&Sink::Terminal)?;
             println!("{}", manifests::check(&tree, &Sink::Terminal)?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Dashboards { check, seconds } => {
+            packages::install_missing(&Sink::Terminal)?;
+            println!("{}", dashboards::check(&tree, &Sink::Terminal)?);
+            if !check {
+                println!("{}", dashboards::draw(&tree, seconds, &Sink::Terminal)?.display());
+            }
             Ok(ExitCode::SUCCESS)
         }
         Task::CleanLab => {

@@ -7,6 +7,7 @@ mod chaos;
 mod check;
 mod clean_lab;
 mod cli;
+mod dashboards;
 mod demo;
 mod ebpf;
 mod exec;

@@ -47,6 +47,8 @@ const NEEDS: &[Need] = &[
     },
     Need { probe: Probe::Program("cc"), package: "gcc", why: "linking, and C parts of dependencies" },
     Need { probe: Probe::Program("python3"), package: "python3-venv", why: "the check of deploy/" },
+    Need { probe: Probe::Program("node"), package: "nodejs", why: "the check of the dashboards" },
+    Need { probe: Probe::Program("npm"), package: "npm", why: "the check of the dashboards" },
     Need { probe: Probe::Header("stdlib.h"), package: "libc6-dev", why: "C parts of dependencies" },
     Need { probe: Probe::Header("libipset/session.h"), package: "libipset-dev", why: "the ipset crate" },
     Need { probe: Probe::Library("libipset.so"), package: "libipset-dev", why: "the ipset crate" },
