@@ -18,8 +18,8 @@ use npm_common::mark::ProofBit;
 use self::duration::parse_duration;
 use self::file::{File, Notice};
 use self::value::{
-    BackendKind, ChainPlacement, DeniedConnections, IptablesVariant, LogFormat, LogLevel, Scraping,
-    SourceKind,
+    BackendKind, ChainPlacement, DebugAccess, DeniedConnections, IptablesVariant, LogFormat, LogLevel,
+    Scraping, SourceKind,
 };
 use crate::interfaces::select::Selection;
 
@@ -96,7 +96,7 @@ pub struct Flags {
     #[arg(long, env = "NPM_WATCH_TIMEOUT", value_name = "DURATION", value_parser = parse_watch_timeout)]
     pub watch_timeout: Option<Duration>,
 
-    /// Address of the HTTP server: /healthz, /readyz, /node-metrics, /cluster-metrics
+    /// Address of the HTTP server: the status page, /healthz, /readyz, /node-metrics, /cluster-metrics, /debug/
     ///
     /// Of either family; :: is all addresses of both. [default: 0.0.0.0]
     #[arg(long, env = "NPM_LISTENING_ADDRESS", value_name = "IP", value_parser = value::parse_address)]
@@ -107,6 +107,13 @@ pub struct Flags {
     /// [default: 10091]
     #[arg(long, env = "NPM_LISTENING_PORT", value_name = "PORT")]
     pub listening_port: Option<u16>,
+
+    /// Who may see what policies say, over HTTP: loopback, anyone or nobody
+    ///
+    /// The status page with its verdicts, /debug/ and /npm/v1/debug/manager: names, labels and addresses of the whole
+    /// cluster's pods. Probes and metrics are for whoever reaches the port. [default: loopback]
+    #[arg(long, env = "NPM_DEBUG_ACCESS", value_name = "WHO")]
+    pub debug_access: Option<DebugAccess>,
 
     /// This node's name, as in the pods' spec.nodeName
     ///
@@ -187,6 +194,8 @@ pub struct Settings {
     pub listening: Option<SocketAddr>,
     /// Whether it answers Prometheus.
     pub scraping: Scraping,
+    /// Whom it shows what policies say.
+    pub debug_access: DebugAccess,
     /// This node's name.
     pub node: String,
     /// This agent's name.
@@ -292,6 +301,7 @@ impl Settings {
             source,
             listening: (port != 0).then_some(SocketAddr::new(address, port)),
             scraping: file.scraping.unwrap_or_default(),
+            debug_access: flags.debug_access.or(file.debug_access).or(file.no_debug_api).unwrap_or_default(),
             node: flags.node.or(file.node).or_else(|| host.first()).ok_or(ConfigError::NoNode)?,
             socket: flags.socket.or(file.socket).unwrap_or_else(|| default_socket(&instance)),
             instance,

@@ -27,10 +27,12 @@ use crate::backend::iptables::render::RenderedError;
 
 mod evaluate;
 mod expect;
+mod pair;
 mod table;
 
 pub use evaluate::{Evaluator, evaluate};
 pub use expect::{Difference, Expectation, ExpectationError};
+pub use pair::{Pair, PairError, port_of, verdict};
 
 /// What is asked.
 #[derive(Clone, Debug)]
@@ -50,7 +52,7 @@ pub struct Request {
 /// Who is asked for verdicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Engine {
-    /// [`npm_policy::verdict::oracle`].
+    /// [`npm_policy::verdict::oracle`], by [`verdict`].
     Oracle,
     /// [`npm_policy::goal::Goal::verdict`] on the nodes of both ends.
     Goal,

@@ -3,7 +3,7 @@
 //! ```text
 //! source ─ Event ─► Reconcile (owns the Compiler) ─ newest Goal ─► Worker (owns a backend, own thread)
 //!                      ▲                                    Worker ...
-//! status ───── Ask ────┘
+//! status, pages ─ Ask ─┘
 //! ```
 //!
 //! The loop never waits for a backend: it leaves the newest goal with each worker and goes on. Everything that is
@@ -20,7 +20,7 @@ use std::time::SystemTime;
 
 use npm_policy::compile::{Compiler, Warning};
 use npm_policy::goal::Goal;
-use npm_policy::world::Change;
+use npm_policy::world::{Change, Objects};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
 
@@ -46,13 +46,37 @@ pub struct Identity {
     pub known_differences: Vec<String>,
 }
 
-/// A question to the loop.
+/// A question to the loop. Where the answer goes, nobody may be listening any more.
 #[derive(Debug)]
-pub struct Ask {
-    /// Whether the answer has to include everything that the source can see at the time of the question.
-    pub freshness: Freshness,
-    /// Where the answer goes; nobody may be listening any more.
-    pub reply: oneshot::Sender<Status>,
+pub enum Ask {
+    /// How things stand.
+    Status {
+        /// Whether the answer has to include everything that the source can see at the time of the question.
+        freshness: Freshness,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Status>,
+    },
+    /// What there is.
+    Sight {
+        /// The revision of the objects that the asker has.
+        known: Option<u64>,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Sight>,
+    },
+}
+
+/// What the loop knows and wants, as pointers: a copy of it holds up the loop for no longer than it takes to count the
+/// objects.
+#[derive(Clone, Debug)]
+pub struct Sight {
+    /// How things stand.
+    pub status: Status,
+    /// Another number, another world or another goal.
+    pub revision: u64,
+    /// The objects; `None` where the asker has those of this revision.
+    pub objects: Option<Objects>,
+    /// The newest goal; an empty one before the source is in sync.
+    pub goal: Goal,
 }
 
 /// How current an answer has to be.
@@ -93,6 +117,8 @@ pub struct Reconcile {
     watches: Watches,
     warnings: BTreeSet<Warning>,
     published: Option<Target>,
+    /// Counts the changes of world and goal.
+    revision: u64,
     /// The number of the newest refresh request, and of the newest that the source has been told of.
     asked: u64,
     sent: u64,
@@ -126,6 +152,7 @@ impl Reconcile {
             watches: Watches::default(),
             warnings: BTreeSet::new(),
             published: None,
+            revision: 0,
             asked: 0,
             sent: 0,
             waiting: Vec::new(),
@@ -222,6 +249,7 @@ impl Reconcile {
     fn compile(&mut self, changes: Vec<Change>) {
         if !changes.is_empty() {
             debug!(objects = changes.len(), "changes");
+            self.revision += 1;
             self.journal.take(&mut self.compiler, changes);
             self.replace_warnings();
         }
@@ -284,6 +312,7 @@ impl Reconcile {
             worker.publish(target.clone());
         }
         self.published = Some(target);
+        self.revision += 1;
     }
 
     fn replace_problems(&mut self, origin: String, problems: Vec<Problem>) {
@@ -314,14 +343,29 @@ impl Reconcile {
     }
 
     fn answer(&mut self, ask: Ask) {
-        match ask.freshness {
-            Freshness::Now => self.reply(ask.reply),
-            Freshness::Refreshed => {
+        match ask {
+            Ask::Status { freshness: Freshness::Now, reply } => self.reply(reply),
+            Ask::Status { freshness: Freshness::Refreshed, reply } => {
                 self.asked += 1;
                 // Who has gone would be kept for as long as the source does not answer.
                 self.waiting.retain(|(_, reply)| !reply.is_closed());
-                self.waiting.push((self.asked, ask.reply));
+                self.waiting.push((self.asked, reply));
             }
+            Ask::Sight { known, reply } => {
+                if reply.send(self.sight(known)).is_err() {
+                    debug!("nobody waits for the sight any more");
+                }
+            }
+        }
+    }
+
+    fn sight(&self, known: Option<u64>) -> Sight {
+        let is_known = known == Some(self.revision);
+        Sight {
+            status: self.status(),
+            revision: self.revision,
+            objects: (!is_known).then(|| self.compiler.world().objects()),
+            goal: self.published.as_ref().map(|published| published.goal.clone()).unwrap_or_default(),
         }
     }
 

@@ -121,7 +121,8 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
             Scraping::Served => Some(metrics),
             Scraping::Refused => None,
         };
-        runtime.spawn(http::serve(address, asks, scraped));
+        let served = http::Served { asks, metrics: scraped, access: settings.debug_access };
+        runtime.spawn(http::serve(address, served));
     }
     info!(socket = %settings.socket.display(), "status socket");
 

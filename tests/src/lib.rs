@@ -2,6 +2,7 @@
 
 pub mod apiserver;
 pub mod bench;
+pub mod browser;
 pub mod chaos;
 pub mod exec;
 pub mod features;

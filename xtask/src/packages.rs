@@ -45,6 +45,12 @@ const NEEDS: &[Need] = &[
         package: "strace",
         why: "the test that kills the agent at each call",
     },
+    Need { probe: Probe::Program("chromium"), package: "chromium", why: "the test of the status page" },
+    Need {
+        probe: Probe::Program("chromedriver"),
+        package: "chromium-driver",
+        why: "the test of the status page",
+    },
     Need { probe: Probe::Program("cc"), package: "gcc", why: "linking, and C parts of dependencies" },
     Need { probe: Probe::Program("python3"), package: "python3-venv", why: "the check of deploy/" },
     Need { probe: Probe::Program("node"), package: "nodejs", why: "the check of the dashboards" },

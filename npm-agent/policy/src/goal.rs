@@ -109,6 +109,20 @@ pub enum SetKey {
     Block(Block),
 }
 
+impl SetKey {
+    /// Whether the set can have members of a family: a block has one family only.
+    pub fn can_hold(&self, family: Family) -> bool {
+        match self {
+            Self::Block(block) | Self::Ports { of: Holders::Block(block), .. } => {
+                Family::of(block.cidr.addr()) == family
+            }
+            Self::Pods(_) | Self::Local(_) | Self::Ports { of: Holders::Pods(_) | Holders::Local(_), .. } => {
+                true
+            }
+        }
+    }
+}
+
 /// Whose named ports a [`SetKey::Ports`] holds.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Holders {

@@ -46,6 +46,31 @@ pub struct WorldSize {
     pub policies: usize,
 }
 
+/// The objects of a [`World`], each kind in order of its keys, without the indexes over them. A copy shares the objects.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Objects {
+    /// The pods.
+    pub pods: Vec<Arc<Pod>>,
+    /// The namespaces that were seen.
+    pub namespaces: Vec<Arc<Namespace>>,
+    /// The policies.
+    pub policies: Vec<Arc<Policy>>,
+}
+
+impl From<Objects> for World {
+    /// The same world: what [`World::objects`] gave, indexed again.
+    fn from(Objects { pods, namespaces, policies }: Objects) -> Self {
+        let mut world = Self::default();
+        for pod in pods {
+            world.index(&pod.key, &pod);
+            world.pods.insert(pod.key.clone(), pod);
+        }
+        world.namespaces = namespaces.into_iter().map(|it| (Arc::clone(&it.name), it)).collect();
+        world.policies = policies.into_iter().map(|it| (it.key.clone(), it)).collect();
+        world
+    }
+}
+
 impl PartialEq for World {
     fn eq(&self, other: &Self) -> bool {
         // The other fields are indexes over these.
@@ -81,6 +106,15 @@ impl World {
     /// How many objects of each kind there are, without counting them.
     pub fn size(&self) -> WorldSize {
         WorldSize { pods: self.pods.len(), namespaces: self.namespaces.len(), policies: self.policies.len() }
+    }
+
+    /// All objects, as pointers: for somebody who wants to look at a whole world elsewhere, at the price of counting them.
+    pub fn objects(&self) -> Objects {
+        Objects {
+            pods: self.pods.values().cloned().collect(),
+            namespaces: self.namespaces.values().cloned().collect(),
+            policies: self.policies.values().cloned().collect(),
+        }
     }
 
     /// All pods, in order of their keys.
@@ -209,5 +243,45 @@ fn claims_addresses(pod: &Pod) -> bool {
         (PodNetwork::Own, PodPhase::Pending | PodPhase::Active) => true,
         (PodNetwork::Own, PodPhase::Ended) => false,
         (PodNetwork::Host, PodPhase::Ended | PodPhase::Pending | PodPhase::Active) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_world_of_the_objects_of_another_is_the_same_with_its_indexes() {
+        let mut world = World::default();
+        for (name, created, network, phase) in [
+            ("old", 1, PodNetwork::Own, PodPhase::Active),
+            ("new", 2, PodNetwork::Own, PodPhase::Active),
+            ("host", 3, PodNetwork::Host, PodPhase::Active),
+            ("ended", 4, PodNetwork::Own, PodPhase::Ended),
+        ] {
+            let key = PodKey::new("x", name);
+            let pod = Pod {
+                key: key.clone(),
+                node: None,
+                labels: Labels::from([("app".into(), name.into()), ("all".into(), "".into())]),
+                addresses: [IpAddr::from([10, 0, 0, 1])].into(),
+                network,
+                phase,
+                ports: BTreeSet::new(),
+                created,
+            };
+            world.apply(Change::Pod(key, Some(pod)));
+        }
+        world.apply(Change::Namespace("x".into(), Some(Namespace::new("x", Labels::new()))));
+        let key = PolicyKey::new("x", "p");
+        let subjects = crate::model::Selector::everything();
+        let policy = Policy { key: key.clone(), subjects, ingress: None, egress: Some(vec![]) };
+        world.apply(Change::Policy(key, Some(policy)));
+
+        let again = World::from(world.objects());
+        assert_eq!(again, world);
+        assert_eq!((again.size(), again.objects()), (world.size(), world.objects()));
+        assert_eq!((&again.claims, &again.pods_by_label), (&world.claims, &world.pods_by_label));
+        assert_eq!(again.holder([10, 0, 0, 1].into()).map(|pod| &*pod.key.name), Some("new"));
     }
 }

@@ -9,7 +9,6 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use npm_policy::goal::Family;
-use npm_policy::verdict::oracle;
 use npm_policy::world::World;
 
 use self::input::Input;
@@ -199,7 +198,7 @@ fn read(files: &[PathBuf]) -> anyhow::Result<World> {
 fn disagreements(matrix: &Matrix, world: &World) -> Vec<String> {
     let lines = matrix.disagreements().into_iter().map(|(source, destination, probe)| {
         let (source, destination) = (&matrix.endpoints[source], &matrix.endpoints[destination]);
-        let verdict = oracle(world, &probe.flow(source.address, destination.address));
+        let (_, verdict) = matrix::verdict(world, probe, source.address, destination.address);
         format!("{} -> {} {probe}: the engines differ (oracle: {verdict})", source.name, destination.name)
     });
     lines.collect()

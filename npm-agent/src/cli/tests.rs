@@ -50,7 +50,7 @@ fn every_flag_of_run_has_an_environment_variable_of_its_own_and_a_key() {
         .iter()
         .filter_map(|key| match key.meaning {
             Meaning::Setting(setting) => setting.flag(),
-            Meaning::NotYet { .. } | Meaning::Nothing { .. } => None,
+            Meaning::Nothing { .. } => None,
         })
         .collect();
     for (flag, env) in flags("run") {
@@ -68,7 +68,7 @@ fn the_documentation_lists_every_flag_variable_and_key_and_no_other() {
     for (flag, env) in flags("run") {
         let key = KEYS.iter().find(|key| match key.meaning {
             Meaning::Setting(setting) => setting.flag() == Some(&flag),
-            Meaning::NotYet { .. } | Meaning::Nothing { .. } => false,
+            Meaning::Nothing { .. } => false,
         });
         let key = key.map_or("-", |key| key.name).to_owned();
         let row = (format!("--{flag}"), env.unwrap(), key);
@@ -81,7 +81,7 @@ fn the_documentation_lists_every_flag_variable_and_key_and_no_other() {
     for key in KEYS {
         let is_ours = match key.meaning {
             Meaning::Setting(setting) => setting.flag().is_some(),
-            Meaning::NotYet { .. } | Meaning::Nothing { .. } => false,
+            Meaning::Nothing { .. } => false,
         };
         assert!(is_ours || documented.remove(key.name), "docs/configuration.md lacks {}", key.name);
     }

@@ -11,8 +11,8 @@ use serde_json::{Map, Value};
 
 use super::keys::{KEYS, Key, Kind, Meaning, PARENTS, Setting};
 use super::value::{
-    BackendKind, ChainPlacement, DeniedConnections, IptablesVariant, LogFormat, LogLevel, Scraping,
-    SourceKind, ValueError,
+    BackendKind, ChainPlacement, DebugAccess, DeniedConnections, IptablesVariant, LogFormat, LogLevel,
+    Scraping, SourceKind, ValueError,
 };
 use super::{ConfigError, parse_verify_interval, parse_watch_timeout, value};
 use crate::interfaces::select::Selection;
@@ -36,6 +36,10 @@ pub struct File {
     pub listening_port: Option<u16>,
     /// `Toggles.EnablePrometheusMetrics`.
     pub scraping: Option<Scraping>,
+    /// `DebugAccess`.
+    pub debug_access: Option<DebugAccess>,
+    /// `Toggles.EnableHTTPDebugAPI`, where it is false: what holds unless [`File::debug_access`] says more.
+    pub no_debug_api: Option<DebugAccess>,
     /// `Node`.
     pub node: Option<String>,
     /// `Instance`.
@@ -143,19 +147,6 @@ impl Reader<'_> {
         }
         match key.meaning {
             Meaning::Setting(setting) => self.setting(setting, &name, value),
-            Meaning::NotYet { kind, default, purpose } => {
-                if !kind.admits(value) {
-                    return Err(self.wrong_type(&name, kind, value));
-                }
-                let json = value.to_string();
-                if json != default {
-                    self.notice(
-                        name,
-                        format!("accepted, not used yet: it is for {purpose}, which is not in this version"),
-                    );
-                }
-                Ok(())
-            }
             Meaning::Nothing { reason } => {
                 self.notice(name, format!("ignored: {reason}"));
                 Ok(())
@@ -185,6 +176,12 @@ impl Reader<'_> {
                     true => Scraping::Served,
                     false => Scraping::Refused,
                 });
+            }
+            Setting::DebugAccess => self.file.debug_access = Some(self.parsed(name, value, str::parse)?),
+            // Azure NPM's true lets everybody in, and stands in every ConfigMap of its: here it says no more than the
+            // default does.
+            Setting::EnableHttpDebugApi => {
+                self.file.no_debug_api = (!self.boolean(name, value)?).then_some(DebugAccess::Nobody);
             }
             Setting::Node => self.file.node = Some(self.parsed(name, value, value::parse_node)?),
             Setting::Instance => {

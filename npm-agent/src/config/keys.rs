@@ -4,8 +4,6 @@
 
 use std::fmt;
 
-use serde_json::Value;
-
 /// A key of the config file.
 #[derive(Clone, Copy, Debug)]
 pub struct Key {
@@ -20,16 +18,6 @@ pub struct Key {
 pub enum Meaning {
     /// A setting.
     Setting(Setting),
-    /// Something that comes with a later version: accepted, and warned of where it is not what Azure NPM has by
-    /// default.
-    NotYet {
-        /// The type it must have.
-        kind: Kind,
-        /// Azure NPM's default, as JSON.
-        default: &'static str,
-        /// What it will be for.
-        purpose: &'static str,
-    },
     /// Nothing: warned of.
     Nothing {
         /// Why.
@@ -56,6 +44,10 @@ pub enum Setting {
     ListeningPort,
     /// Whether the HTTP server answers Prometheus: it has no flag, because operators know the toggle.
     EnablePrometheusMetrics,
+    /// `--debug-access`.
+    DebugAccess,
+    /// Whether there is a debug API at all: it has no flag, because operators know the toggle.
+    EnableHttpDebugApi,
     /// `--node`.
     Node,
     /// `--instance`.
@@ -92,6 +84,8 @@ impl Setting {
             Self::ListeningAddress => Some("listening-address"),
             Self::ListeningPort => Some("listening-port"),
             Self::EnablePrometheusMetrics => None,
+            Self::DebugAccess => Some("debug-access"),
+            Self::EnableHttpDebugApi => None,
             Self::Node => Some("node"),
             Self::Instance => Some("instance"),
             Self::Socket => Some("socket"),
@@ -118,18 +112,6 @@ pub enum Kind {
     Text,
     /// An object.
     Object,
-}
-
-impl Kind {
-    /// Whether a value is of this type.
-    pub fn admits(self, value: &Value) -> bool {
-        match self {
-            Self::Boolean => value.is_boolean(),
-            Self::Port => value.as_u64().is_some_and(|port| port <= u64::from(u16::MAX)),
-            Self::Text => value.is_string(),
-            Self::Object => value.is_object(),
-        }
-    }
 }
 
 impl fmt::Display for Kind {
@@ -171,7 +153,7 @@ pub const KEYS: &[Key] = &[
     setting("LogLevel", Setting::LogLevel),
     setting("Toggles.EnablePrometheusMetrics", Setting::EnablePrometheusMetrics),
     nothing("Toggles.EnablePprof", "it is a profiler of the Go runtime"),
-    not_yet("Toggles.EnableHTTPDebugAPI", Kind::Boolean, "true", "the debug API"),
+    setting("Toggles.EnableHTTPDebugAPI", Setting::EnableHttpDebugApi),
     nothing("Toggles.EnableV2NPM", "there is one implementation only"),
     setting("Toggles.PlaceAzureChainFirst", Setting::PlaceAzureChainFirst),
     nothing("Toggles.ApplyIPSetsOnNeed", "only sets that a programmed rule uses are ever made"),
@@ -183,6 +165,7 @@ pub const KEYS: &[Key] = &[
     setting("Manifests", Setting::Manifests),
     setting("Kubeconfig", Setting::Kubeconfig),
     setting("WatchTimeout", Setting::WatchTimeout),
+    setting("DebugAccess", Setting::DebugAccess),
     setting("Node", Setting::Node),
     setting("Instance", Setting::Instance),
     setting("Socket", Setting::Socket),
@@ -196,10 +179,6 @@ pub const KEYS: &[Key] = &[
 
 const fn setting(name: &'static str, setting: Setting) -> Key {
     Key { name, meaning: Meaning::Setting(setting) }
-}
-
-const fn not_yet(name: &'static str, kind: Kind, default: &'static str, purpose: &'static str) -> Key {
-    Key { name, meaning: Meaning::NotYet { kind, default, purpose } }
 }
 
 const fn nothing(name: &'static str, reason: &'static str) -> Key {

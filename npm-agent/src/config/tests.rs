@@ -33,6 +33,7 @@ fn nothing_said_gives_the_defaults() {
         source: Source::Manifests("m".into()),
         listening: Some("0.0.0.0:10091".parse().unwrap()),
         scraping: Scraping::Served,
+        debug_access: DebugAccess::Loopback,
         node: "from-env".into(),
         instance: "npm-agent".into(),
         socket: "/run/npm-agent/npm-agent.sock".into(),
@@ -69,13 +70,15 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
     let text = r#"{"Backend": "iptables", "Source": "manifests", "Manifests": "dir", "Node": "n1", "Instance": "i1",
         "ListeningAddress": "::1", "ListeningPort": 9000, "Kubeconfig": "kc", "WatchTimeout": "9s",
         "Socket": "s1", "IptablesVariant": "nft", "VerifyInterval": "5s", "ProofBit": "0x20", "DeniedConnections": "Cut", "ExcludeInterfaces": "docker*, mgmt0", "LogLevel": "Debug", "LogFormat": "json",
-        "Toggles": {"PlaceAzureChainFirst": true, "EnablePrometheusMetrics": false}}"#;
+        "DebugAccess": "anyone",
+        "Toggles": {"PlaceAzureChainFirst": true, "EnablePrometheusMetrics": false, "EnableHTTPDebugAPI": false}}"#;
     let settings = Settings::resolve(Flags::default(), file(text).unwrap(), None, &host()).unwrap();
     let of_file = Settings {
         backend: BackendKind::Iptables,
         source: Source::Manifests("dir".into()),
         listening: Some("[::1]:9000".parse().unwrap()),
         scraping: Scraping::Refused,
+        debug_access: DebugAccess::Anyone,
         node: "n1".into(),
         instance: "i1".into(),
         socket: "s1".into(),
@@ -101,6 +104,7 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         watch_timeout: Some(Duration::from_secs(8)),
         listening_address: Some("127.0.0.1".parse().unwrap()),
         listening_port: Some(9001),
+        debug_access: Some(DebugAccess::Nobody),
         node: Some("n2".into()),
         instance: Some("i2".into()),
         socket: Some("s2".into()),
@@ -116,6 +120,7 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
     let of_flags = Settings {
         source: Source::Manifests("flag".into()),
         listening: Some("127.0.0.1:9001".parse().unwrap()),
+        debug_access: DebugAccess::Nobody,
         node: "n2".into(),
         instance: "i2".into(),
         socket: "s2".into(),
@@ -202,11 +207,20 @@ fn azure_npms_own_file_is_taken_and_each_key_without_effect_is_named_once() {
 }
 
 #[test]
-fn what_is_not_there_yet_is_named_when_it_is_not_the_default() {
-    let notices = file(r#"{"TOGGLES": {"enablehttpdebugapi": false}}"#).unwrap().notices;
-    assert_eq!(notices.len(), 1);
-    assert_eq!(notices[0].key, "TOGGLES.enablehttpdebugapi");
-    assert!(notices[0].reason.contains("not used yet"), "{}", notices[0]);
+fn azure_npms_toggle_takes_the_debug_api_away_and_never_opens_it() {
+    for (text, access) in [
+        (r#"{"Node": "n"}"#, DebugAccess::Loopback),
+        (r#"{"Toggles": {"EnableHTTPDebugAPI": true}}"#, DebugAccess::Loopback),
+        (r#"{"TOGGLES": {"enablehttpdebugapi": false}}"#, DebugAccess::Nobody),
+        (r#"{"Toggles": {"EnableHTTPDebugAPI": false}, "DebugAccess": "loopback"}"#, DebugAccess::Loopback),
+    ] {
+        let file = file(text).unwrap();
+        assert_eq!(file.notices, [], "{text}");
+        let flags = Flags { manifests: Some("dir".into()), ..Flags::default() };
+        let settings = Settings::resolve(flags, file, None, &host()).unwrap();
+        assert_eq!(settings.debug_access, access, "{text}");
+    }
+    assert!(file(r#"{"Toggles": {"EnableHTTPDebugAPI": "no"}}"#).is_err());
 }
 
 #[test]

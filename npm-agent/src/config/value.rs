@@ -107,6 +107,19 @@ choice! {
 }
 
 choice! {
+    /// Who may see what the cluster's policies say: the status page, the verdicts, the debug API.
+    DebugAccess {
+        /// Clients on the node's loopback.
+        Loopback = "loopback",
+        /// Whoever reaches the port.
+        Anyone = "anyone",
+        /// No one.
+        Nobody = "nobody",
+    }
+    refused {}
+}
+
+choice! {
     /// What becomes of established connections that policies deny by now.
     DeniedConnections {
         /// They live on.

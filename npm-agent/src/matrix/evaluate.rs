@@ -9,7 +9,6 @@ use npm_policy::compile::compile;
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::Goal;
 use npm_policy::model::{Pod, PodKey};
-use npm_policy::verdict::oracle;
 use npm_policy::world::{Change, World};
 
 use crate::backend::ebpf::kernel::{Kernel, KernelError};
@@ -18,7 +17,9 @@ use crate::backend::ebpf::maps::ApplyError;
 use crate::backend::ebpf::width::Width;
 use crate::backend::iptables::render::{Rendered, RenderedError};
 
-use super::{Cell, Endpoint, Engine, Matrix, MatrixError, Probe, Request, Rows, endpoints, picked_probes};
+use super::{
+    Cell, Endpoint, Engine, Matrix, MatrixError, Probe, Request, Rows, endpoints, picked_probes, verdict,
+};
 
 /// Answers requests, and keeps the eBPF program that it has loaded for one for the next.
 #[derive(Default)]
@@ -116,7 +117,9 @@ impl Question<'_> {
             let mut row = Vec::with_capacity(self.endpoints.len() * self.probes.len());
             for destination in 0..self.endpoints.len() {
                 for probe in self.probes {
-                    row.push(oracle(self.world, &self.flow(*source, destination, *probe)).decision());
+                    let (from, to) = (self.endpoints[*source].address, self.endpoints[destination].address);
+                    let (_, verdict) = verdict(self.world, *probe, from, to);
+                    row.push(verdict.decision());
                 }
             }
             row

@@ -3,11 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use npm_policy::verdict::oracle;
 use npm_policy::world::World;
 use serde::Deserialize;
 
-use super::{Cell, Engine, Matrix, Probe, Rows};
+use super::{Cell, Engine, Matrix, Probe, Rows, verdict};
 
 /// An expected matrix: what [`Matrix::to_json`] writes, read back. The endpoints may be in another order, and it may hold
 /// fewer probes and fewer engines than the matrix that it is compared with: those that it holds must all be there.
@@ -122,8 +121,7 @@ impl Expectation {
                             continue;
                         }
                         let (source, destination) = (&matrix.endpoints[from], &matrix.endpoints[to]);
-                        let flow = probe.flow(source.address, destination.address);
-                        let verdict = oracle(world, &flow);
+                        let (flow, verdict) = verdict(world, *probe, source.address, destination.address);
                         differences.push(Difference::Cell {
                             engine: *engine,
                             probe: *probe,

@@ -187,7 +187,7 @@ impl Agent {
     /// The status after everything that was sent.
     pub(crate) fn seen(&mut self) -> Status {
         let (reply, answer) = oneshot::channel();
-        self.asks.blocking_send(Ask { freshness: Freshness::Refreshed, reply }).unwrap();
+        self.asks.blocking_send(Ask::Status { freshness: Freshness::Refreshed, reply }).unwrap();
         let number = self.refresh.blocking_recv().unwrap();
         self.send(Event::Refreshed(number));
         answer.blocking_recv().unwrap()

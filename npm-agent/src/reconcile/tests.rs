@@ -414,7 +414,7 @@ fn requests_to_refresh_that_come_together_are_one() {
     let mut agent = Agent::start(&[&fake], QUICK);
     let ask = || {
         let (reply, answer) = oneshot::channel();
-        agent.asks.blocking_send(Ask { freshness: Freshness::Refreshed, reply }).unwrap();
+        agent.asks.blocking_send(Ask::Status { freshness: Freshness::Refreshed, reply }).unwrap();
         answer
     };
     let answers: Vec<_> = (0..10).map(|_| ask()).collect();
@@ -430,11 +430,35 @@ fn requests_to_refresh_that_come_together_are_one() {
 }
 
 #[test]
+fn a_sight_has_the_objects_unless_they_are_known() {
+    let mut reconcile = Reconcile::new(Identity::default(), Vec::new(), Arc::new(Metrics::new()));
+    let sight = |reconcile: &mut Reconcile, known| {
+        let (reply, answer) = oneshot::channel();
+        reconcile.answer(Ask::Sight { known, reply });
+        answer.blocking_recv().unwrap()
+    };
+    let empty = sight(&mut reconcile, None);
+    assert_eq!(empty.objects.as_ref().map(|objects| objects.pods.len()), Some(0));
+    assert!(sight(&mut reconcile, Some(empty.revision)).objects.is_none());
+
+    reconcile.take([Event::Changes(vec![pod("a", [10, 0, 0, 1], &[])])].into_iter());
+    let unsynced = sight(&mut reconcile, Some(empty.revision));
+    assert_eq!(unsynced.objects.as_ref().map(|objects| objects.pods.len()), Some(1));
+    assert_eq!(unsynced.goal, Goal::default());
+
+    reconcile.take([Event::Changes(vec![policy("p", Selector::everything())]), IN_SYNC].into_iter());
+    let synced = sight(&mut reconcile, Some(unsynced.revision));
+    assert_eq!(synced.goal, *reconcile.published.as_ref().map(|target| &target.goal).unwrap());
+    assert_eq!((synced.status.generation, synced.objects.unwrap().policies.len()), (1, 1));
+    assert!(sight(&mut reconcile, Some(synced.revision)).objects.is_none(), "nothing has changed since");
+}
+
+#[test]
 fn who_has_gone_is_not_kept_while_the_source_does_not_answer() {
     let mut reconcile = Reconcile::new(Identity::default(), Vec::new(), Arc::new(Metrics::new()));
     let mut ask = || {
         let (reply, answer) = oneshot::channel();
-        reconcile.answer(Ask { freshness: Freshness::Refreshed, reply });
+        reconcile.answer(Ask::Status { freshness: Freshness::Refreshed, reply });
         (reconcile.waiting.len(), answer)
     };
     let (_, patient) = ask();

@@ -151,7 +151,7 @@ async fn answer(line: &str, asks: mpsc::Sender<Ask>) -> Answer {
     };
     let freshness = if request.refresh { Freshness::Refreshed } else { Freshness::Now };
     let (reply, answer) = oneshot::channel();
-    if asks.send(Ask { freshness, reply }).await.is_err() {
+    if asks.send(Ask::Status { freshness, reply }).await.is_err() {
         return error("the agent is stopping".to_owned());
     }
     match timeout(REFRESH_PATIENCE, answer).await {

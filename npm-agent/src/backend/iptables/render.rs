@@ -24,7 +24,7 @@ use npm_common::mark::{self, ProofBit};
 use npm_common::packet::NEIGHBOUR_TYPES;
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::{
-    Clause, Family, Goal, Holders, Member, NamedMatch, PeerMatch, PortMatch, Program, Set as GoalSet, SetKey,
+    Clause, Family, Goal, Member, NamedMatch, PeerMatch, PortMatch, Program, Set as GoalSet, SetKey,
 };
 use npm_policy::model::PolicyKey;
 use npm_policy::names::{self, SetNames};
@@ -430,7 +430,7 @@ impl Renderer<'_> {
                     rule: Rule { sets: vec![self.set_match(key, direction.peer())], ..anybody.clone() },
                     comment: format!("-{preposition}-{}", self.names[key].name),
                 };
-                keys.iter().filter(|key| self.can_match(key)).map(part).collect()
+                keys.iter().filter(|key| key.can_hold(self.family)).map(part).collect()
             }
         }
     }
@@ -451,7 +451,7 @@ impl Renderer<'_> {
                         comment: format!("-ON-{}{words}", range.protocol),
                     }
                 });
-                let named = named.iter().filter(|named| self.can_match(&named.set)).map(
+                let named = named.iter().filter(|named| named.set.can_hold(self.family)).map(
                     |NamedMatch { protocol, set }| Part {
                         rule: Rule {
                             protocol: Some(protocol.number()),
@@ -463,18 +463,6 @@ impl Renderer<'_> {
                 );
                 ranges.chain(named).collect()
             }
-        }
-    }
-
-    /// Whether the set can have members of the family: a block has one family only.
-    fn can_match(&self, key: &SetKey) -> bool {
-        match key {
-            SetKey::Block(block) | SetKey::Ports { of: Holders::Block(block), .. } => {
-                Family::of(block.cidr.addr()) == self.family
-            }
-            SetKey::Pods(_)
-            | SetKey::Local(_)
-            | SetKey::Ports { of: Holders::Pods(_) | Holders::Local(_), .. } => true,
         }
     }
 
