@@ -3,6 +3,7 @@
 pub mod cut;
 pub mod ebpf;
 pub mod iptables;
+pub mod meter;
 pub mod succession;
 
 use std::time::Duration;
@@ -11,6 +12,7 @@ use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::Goal;
 use npm_policy::model::PolicyKey;
 
+use self::meter::Meter;
 use crate::conntrack::ConntrackError;
 
 /// Converges one kind of kernel state to a [`Goal`].
@@ -46,6 +48,9 @@ pub trait Backend: Send {
     /// What was written to the kernel since the last call, also by attempts that failed: as much of it as is worth a
     /// measurement of its own.
     fn writes(&mut self) -> Vec<Write>;
+
+    /// Reads what the backend counts, from now on; `None`: it counts nothing.
+    fn meter(&self) -> Option<Meter>;
 
     /// What the kernel's present state, read back and interpreted, does with a new forwarded flow.
     ///

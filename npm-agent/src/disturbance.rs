@@ -27,8 +27,8 @@ const RULE_CHAIN: u16 = 2;
 /// `struct nfgenmsg`.
 const HEADER_LEN: usize = 4;
 
-/// How our chains begin, and the one that they hang on.
-const OURS: &str = "AZURE-NPM";
+/// How our chains begin, the one of the rule that tracks connections included; and the one that they hang on.
+const OURS: [&str; 2] = ["AZURE-NPM", "NPM-AGENT"];
 const FORWARD: &str = "FORWARD";
 
 /// How long a thread may sleep that nobody wakes.
@@ -93,7 +93,8 @@ fn concerns_us(kind: u16, payload: &[u8]) -> bool {
             Err(error) => Some(Err(error)),
         })
         .collect();
-    names.map_or(true, |names| names.iter().any(|name| name == FORWARD || name.starts_with(OURS)))
+    let is_ours = |name: &String| name == FORWARD || OURS.iter().any(|ours| name.starts_with(ours));
+    names.map_or(true, |names| names.iter().any(is_ours))
 }
 
 #[cfg(test)]
@@ -112,6 +113,7 @@ mod tests {
         for (kind, chain, expected) in [
             (DELRULE, "FORWARD", true),
             (NEWRULE, "AZURE-NPM-INGRESS", true),
+            (DELRULE, "NPM-AGENT-CONNTRACK", true),
             (NEWRULE, "KUBE-FORWARD", false),
             (DELRULE, "cali-FORWARD", false),
         ] {

@@ -13,6 +13,7 @@
 
 mod board;
 mod ingress;
+mod ipsec;
 mod ipvs;
 mod legacy;
 mod nftables;
@@ -25,6 +26,7 @@ use std::fmt;
 use npm_policy::goal::Family;
 
 pub use self::board::{Board, Origin};
+pub(crate) use self::ingress::{egress_filters, has_egress_hook};
 pub use self::watch::start;
 
 /// What judges.
@@ -48,7 +50,7 @@ pub enum Escape {
         /// How many addresses of pods that a policy selects are behind it.
         pods: usize,
     },
-    /// No rule of ours makes the kernel track connections.
+    /// The rule that makes the kernel track connections was gone at the last look, and is put back.
     ConntrackRuleGone {
         /// The family.
         family: Family,
@@ -57,6 +59,13 @@ pub enum Escape {
     Ipvs {
         /// How many.
         services: usize,
+    },
+    /// Policies of IPsec encrypt packets on their way out.
+    Ipsec {
+        /// How many.
+        policies: usize,
+        /// How many addresses of pods that a policy selects send such packets.
+        pods: usize,
     },
     /// A flowtable takes connections past the netfilter hooks.
     Flowtable {
@@ -148,6 +157,10 @@ pub enum Subject {
     Routes,
     /// IPVS's services.
     Ipvs,
+    /// IPsec's policies.
+    Ipsec,
+    /// The rules that make the kernel track connections.
+    Tracking,
     /// nftables' tables.
     Nftables,
     /// iptables-legacy's raw tables.
@@ -163,6 +176,8 @@ impl fmt::Display for Subject {
             Self::BridgeSettings => "the settings of bridges",
             Self::Routes => "the routes to pods",
             Self::Ipvs => "IPVS's services",
+            Self::Ipsec => "IPsec's policies",
+            Self::Tracking => "the rules that make the kernel track connections",
             Self::Nftables => "nftables' flowtables and rules",
             Self::Legacy => "iptables-legacy's raw tables",
             Self::Filters => "the filters of interfaces",
@@ -197,10 +212,11 @@ impl fmt::Display for Effect {
 
 impl Escape {
     /// Every [`Escape::name`].
-    pub const NAMES: [&'static str; 10] = [
+    pub const NAMES: [&'static str; 11] = [
         "bridged",
         "conntrack-rule-gone",
         "ipvs",
+        "ipsec",
         "flowtable",
         "zones",
         "notrack",
@@ -216,6 +232,7 @@ impl Escape {
             Self::Bridged { .. } => "bridged",
             Self::ConntrackRuleGone { .. } => "conntrack-rule-gone",
             Self::Ipvs { .. } => "ipvs",
+            Self::Ipsec { .. } => "ipsec",
             Self::Flowtable { .. } => "flowtable",
             Self::Zones { .. } => "zones",
             Self::NoTrack { .. } => "notrack",
@@ -239,6 +256,11 @@ impl Escape {
             // Its packets go by LOCAL_IN and LOCAL_OUT. What conntrack says of them depends on IPVS's settings.
             (Self::Ipvs { .. }, Engine::Iptables) => Effect::Unjudged,
             (Self::Ipvs { .. }, Engine::Ebpf) => Effect::Unknown,
+            // FORWARD sees packets before they are encrypted.
+            (Self::Ipsec { .. }, Engine::Iptables) | (Self::Ipsec { pods: 0, .. }, Engine::Ebpf) => {
+                Effect::None
+            }
+            (Self::Ipsec { .. }, Engine::Ebpf) => Effect::Unjudged,
             // A flow gets there only once it is confirmed, which no packet is that FORWARD has dropped.
             (Self::Flowtable { .. }, Engine::Iptables) => Effect::None,
             // Such packets leave with no connection to them, or not through the kernel at all.
@@ -270,6 +292,9 @@ impl Escape {
             }
             Self::ConntrackRuleGone { .. } => "nothing: it is put back; find out who removes it",
             Self::Ipvs { .. } => "run kube-proxy with --proxy-mode=iptables or nftables",
+            Self::Ipsec { .. } => {
+                "use the iptables backend, or encrypt through an interface (xfrm, WireGuard)"
+            }
             Self::Flowtable { .. } => "take the flowtable's rules away on nodes with policies",
             Self::Zones { .. } => "take the rules away, or have them match no pods",
             Self::NoTrack { .. } => "nothing if they match no pods (node-local DNS); else take them away",
@@ -296,13 +321,27 @@ impl fmt::Display for Escape {
                 }
             }
             Self::ConntrackRuleGone { family } => {
-                write!(f, "the rule is gone that makes the kernel track {} connections", family_name(*family))
+                write!(
+                    f,
+                    "the rule was gone that makes the kernel track {} connections, and is put back",
+                    family_name(*family)
+                )
             }
             Self::Ipvs { services } => {
                 write!(
                     f,
                     "IPVS is in use (virtual services: {services}); its connections do not pass FORWARD"
                 )
+            }
+            Self::Ipsec { policies, pods } => {
+                write!(f, "policies of IPsec encrypt what leaves the node: {policies}")?;
+                match pods {
+                    0 => f.write_str("; no pod that a policy selects sends such packets"),
+                    pods => write!(
+                        f,
+                        "; addresses of pods that policies select and that send such packets: {pods}"
+                    ),
+                }
             }
             Self::Flowtable { name, offload } => {
                 let by = match offload {
@@ -353,6 +392,7 @@ mod tests {
             Escape::Bridged { family: Family::V6, bridge: "cbr0".to_owned(), pods: 2 },
             Escape::ConntrackRuleGone { family: Family::V4 },
             Escape::Ipvs { services: 3 },
+            Escape::Ipsec { policies: 1, pods: 2 },
             Escape::Flowtable { name: "inet filter fast".to_owned(), offload: Offload::Hardware },
             Escape::Zones { place: place(), rules: 1 },
             Escape::NoTrack { place: Place::Legacy(Family::V6), rules: 1 },
@@ -382,11 +422,14 @@ mod tests {
         let effects = |engine| one_of_each().iter().map(|escape| escape.effect(engine)).collect::<Vec<_>>();
         assert_eq!(
             effects(Engine::Iptables),
-            [Unjudged, Unjudged, Unjudged, None, Stricter, Stricter, Unknown, None, None, Unknown]
+            [Unjudged, Unjudged, Unjudged, None, None, Stricter, Stricter, Unknown, None, None, Unknown]
         );
         assert_eq!(
             effects(Engine::Ebpf),
-            [Stricter, Stricter, Unknown, Unknown, Unknown, Stricter, Unknown, Unjudged, Unknown, Unknown]
+            [
+                Stricter, Stricter, Unknown, Unjudged, Unknown, Unknown, Stricter, Unknown, Unjudged,
+                Unknown, Unknown
+            ]
         );
         let nobody = Escape::Bridged { family: Family::V4, bridge: "docker0".to_owned(), pods: 0 };
         for engine in [Engine::Iptables, Engine::Ebpf] {
@@ -397,7 +440,7 @@ mod tests {
     #[test]
     fn the_board_keeps_origins_apart_and_puts_the_worst_first() {
         let board = Board::new(Engine::Ebpf).unwrap();
-        let [bridged, .., without, _, unknown] = <[Escape; 10]>::try_from(one_of_each()).unwrap();
+        let [bridged, .., without, _, unknown] = <[Escape; 11]>::try_from(one_of_each()).unwrap();
         board.replace(Origin::Node, [bridged.clone(), unknown.clone()].into());
         board.replace(Origin::Backend, [without.clone()].into());
         let known = |board: &Board| board.current().into_iter().map(|(_, escape)| escape).collect::<Vec<_>>();

@@ -6,6 +6,7 @@ pub mod backoff;
 pub mod cli;
 pub mod config;
 pub mod conntrack;
+pub mod denied;
 pub mod disturbance;
 pub mod escape;
 pub mod exec;

@@ -4,7 +4,7 @@
 //! reconcile ── Journal ────────┐
 //! worker ───── BackendMetrics ─┼─► Metrics ── render(Scope) ─► /node-metrics, /cluster-metrics
 //! compiler ─── Census ─────────┘       ▲
-//!                                      └── /proc, at each scrape
+//!                                      └── /proc, the board of escapes, what backends count: at each scrape
 //! ```
 //!
 //! `docs/metrics.md` says what each metric means. Whoever scrapes never waits for an apply, nor the other way round:
@@ -22,6 +22,8 @@ pub mod journal;
 pub mod objects;
 
 mod backend;
+mod escapes;
+mod metered;
 mod pending;
 mod pulled;
 mod summary;
@@ -33,8 +35,11 @@ pub use self::catalogue::Scope;
 
 use self::backend::Families;
 use self::catalogue::Registries;
+use self::metered::Metered;
 use self::objects::{Object, Operation};
 use self::pulled::{Pulled, Sample};
+use crate::backend::meter::Meter;
+use crate::escape::Board;
 
 /// The content type of [`Metrics::render`].
 pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
@@ -43,6 +48,7 @@ pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
 pub struct Metrics {
     registries: Registries,
     families: Arc<Families>,
+    metered: Metered,
     cluster: Arc<Mutex<Option<Cluster>>>,
     in_sync: IntGaugeVec,
     object_problems: IntGaugeVec,
@@ -70,6 +76,8 @@ impl Metrics {
     pub fn new() -> Self {
         let registries = Registries::default();
         let families = Arc::new(Families::new(&registries));
+        let metered = Metered::new();
+        registries.add(Scope::Node, Box::new(metered.clone()));
         let cluster = register_cluster(&registries);
         system::register(&registries);
         let build = catalogue::BUILD_INFO.gauge(&registries);
@@ -84,6 +92,7 @@ impl Metrics {
             goal: catalogue::GOAL_GENERATION.gauge(&registries),
             registries,
             families,
+            metered,
             cluster,
         };
         for gauge in [&metrics.in_sync, &metrics.object_problems, &metrics.warnings, &metrics.goal] {
@@ -102,6 +111,16 @@ impl Metrics {
     /// A handle for the backend of this name.
     pub fn backend(&self, name: &'static str) -> BackendMetrics {
         self.families.backend(name)
+    }
+
+    /// What the backend of this name counts is read from its meter.
+    pub fn metered(&self, backend: &'static str, meter: Meter) {
+        self.metered.set(backend, meter);
+    }
+
+    /// What escapes judgement is read from this board. There is one.
+    pub fn board(&self, board: Board) {
+        self.registries.add(Scope::Node, Pulled::new(catalogue::ESCAPES, move || escapes::samples(&board)));
     }
 
     /// Everything that was there at the start has been read.

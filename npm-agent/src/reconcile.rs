@@ -15,17 +15,19 @@ mod watches;
 pub mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use npm_policy::compile::{Compiler, Warning};
 use npm_policy::goal::Goal;
-use npm_policy::world::{Change, Objects};
+use npm_policy::world::{Change, Objects, World};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
 
 use self::watches::Watches;
 use self::worker::{Target, Worker};
+use crate::denied::Log;
 use crate::escape::Board;
 use crate::metrics::Metrics;
 use crate::metrics::journal::Journal;
@@ -125,6 +127,8 @@ pub struct Reconcile {
     waiting: Vec<(u64, oneshot::Sender<Status>)>,
     /// Where it stands why traffic escapes judgement; it is told which addresses are to be protected.
     board: Option<Board>,
+    /// Who wants to know which pod holds an address.
+    log: Option<Log>,
     metrics: Arc<Metrics>,
     journal: Journal,
 }
@@ -157,6 +161,7 @@ impl Reconcile {
             sent: 0,
             waiting: Vec::new(),
             board: None,
+            log: None,
             journal: Journal::new(Arc::clone(&metrics)),
             metrics,
         }
@@ -165,6 +170,11 @@ impl Reconcile {
     /// The same with this board in its status.
     pub fn with_board(self, board: Board) -> Self {
         Self { board: Some(board), ..self }
+    }
+
+    /// The same, telling this log which pods hold which addresses.
+    pub fn with_log(self, log: Option<Log>) -> Self {
+        Self { log, ..self }
     }
 
     /// Runs the loop on a thread of its own, which lasts until the source has gone or the process ends: compiling a
@@ -250,7 +260,14 @@ impl Reconcile {
         if !changes.is_empty() {
             debug!(objects = changes.len(), "changes");
             self.revision += 1;
+            let addresses = self.log.is_some().then(|| addresses(&changes, self.compiler.world()));
             self.journal.take(&mut self.compiler, changes);
+            if let (Some(log), Some(addresses)) = (&self.log, addresses) {
+                let world = self.compiler.world();
+                for address in addresses {
+                    log.holder(address, world.holder(address).map(|pod| pod.key.clone()));
+                }
+            }
             self.replace_warnings();
         }
     }
@@ -412,6 +429,21 @@ impl Reconcile {
             escapes: self.board.iter().flat_map(Board::current).map(EscapeStatus::from).collect(),
         }
     }
+}
+
+/// The addresses whose holder these changes may change.
+fn addresses(changes: &[Change], world: &World) -> BTreeSet<IpAddr> {
+    let mut addresses = BTreeSet::new();
+    for change in changes {
+        match change {
+            Change::Pod(key, pod) => {
+                addresses.extend(world.pod(key).into_iter().flat_map(|pod| pod.addresses.iter()).copied());
+                addresses.extend(pod.iter().flat_map(|pod| pod.addresses.iter()).copied());
+            }
+            Change::Namespace(..) | Change::Policy(..) => {}
+        }
+    }
+    addresses
 }
 
 #[cfg(test)]

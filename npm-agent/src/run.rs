@@ -12,6 +12,7 @@ use tracing::{info, warn};
 use npm_policy::goal::Family;
 
 use crate::backend::cut::Cutting;
+use crate::backend::ebpf::choice::{Choice, Drops};
 use crate::backend::iptables::layout::{Established, Placement};
 use crate::backend::iptables::render::Form;
 use crate::backend::iptables::variant::{self, Variant};
@@ -19,8 +20,11 @@ use crate::backend::iptables::{Iptables, Options};
 use crate::backend::succession::Succession;
 use crate::backend::{Backend, BackendError, Removed, ebpf};
 use crate::config::file::PLACED_BEHIND;
-use crate::config::value::{BackendKind, ChainPlacement, DeniedConnections, IptablesVariant, Scraping};
+use crate::config::value::{
+    BackendKind, ChainPlacement, DeniedConnections, IptablesVariant, LogDenied, Scraping,
+};
 use crate::config::{Flags, HostNames, Settings, Source};
+use crate::denied::Log;
 use crate::escape::{self, Board, Engine};
 use crate::exec::Tools;
 use crate::metrics::Metrics;
@@ -76,11 +80,23 @@ fn announce(settings: &Settings) {
 }
 
 fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
+    let board = Board::new(match settings.backend {
+        BackendKind::Iptables => Engine::Iptables,
+        BackendKind::Ebpf => Engine::Ebpf,
+    });
+    let board = board.context("making the list of what escapes judgement")?;
+    let log = match settings.log_denied {
+        LogDenied::Never => None,
+        LogDenied::Flows => Some(Log::default()),
+    };
     let backend = match settings.backend {
         BackendKind::Iptables => {
             Box::new(Succession::new(iptables_that_cuts(settings)?, Box::new(remove_pinned)))
         }
-        BackendKind::Ebpf => Box::new(Succession::new(ebpf(settings)?, Box::new(remove_rules))),
+        BackendKind::Ebpf => {
+            let backend = ebpf(settings, &board, log.clone())?;
+            Box::new(Succession::new(backend, Box::new(remove_rules)))
+        }
     };
     // From here on signals end the agent in order.
     let _context = runtime.enter();
@@ -89,14 +105,10 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
     let server = Server::bind(&settings.socket)?;
 
     let timing = Timing { verify_interval: settings.verify_interval, backoff: Backoff::default() };
-    let board = Board::new(match settings.backend {
-        BackendKind::Iptables => Engine::Iptables,
-        BackendKind::Ebpf => Engine::Ebpf,
-    });
-    let board = board.context("making the list of what escapes judgement")?;
     escape::start(board.clone(), settings.verify_interval, Tools::default())
         .context("starting the thread that looks for what escapes judgement")?;
     let metrics = Arc::new(Metrics::new());
+    metrics.board(board.clone());
     let worker = Worker::start(backend, timing, &metrics).context("starting the backend's thread")?;
     let disturbed = worker.clone();
     disturbance::watch(move || disturbed.verify_soon())
@@ -112,6 +124,7 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
     let channels = Channels { events: events_end, refresh, asks: asks_end };
     let ended = Reconcile::new(identity, vec![worker.clone()], Arc::clone(&metrics))
         .with_board(board)
+        .with_log(log)
         .start(channels)
         .context("starting the reconcile thread")?;
     let source = source(settings.source.clone(), events, refresh_end);
@@ -175,20 +188,29 @@ fn known_differences(settings: &Settings) -> Vec<String> {
 /// between them; what is not said is chosen by what the kernel offers.
 const EBPF_CHOICE: &str = "NPM_EBPF_CHOICE";
 
-fn ebpf(settings: &Settings) -> anyhow::Result<Box<dyn Backend>> {
+fn ebpf(settings: &Settings, board: &Board, log: Option<Log>) -> anyhow::Result<Box<dyn Backend>> {
     if settings.denied_connections == DeniedConnections::Cut {
         bail!("denied-connections cut is of the iptables backend only, so far");
     }
-    let choice = std::env::var(EBPF_CHOICE).unwrap_or_default();
+    let words = std::env::var(EBPF_CHOICE).unwrap_or_default();
+    let mut choice: Choice = words.parse().with_context(|| format!("reading {EBPF_CHOICE}"))?;
+    if log.is_some() {
+        choice.drops = Drops::Told;
+    }
     let options = ebpf::enforcer::Options {
         instance: settings.instance.clone(),
-        choice: choice.parse().with_context(|| format!("reading {EBPF_CHOICE}"))?,
+        choice,
         iptables: tracking(settings.iptables_variant),
         tools: Tools::default(),
         selection: settings.interfaces.clone(),
         proof: settings.proof,
     };
-    Ok(Box::new(ebpf::enforcer::Ebpf::new(options).context("loading the eBPF programs")?))
+    let backend = ebpf::enforcer::Ebpf::new(options).context("loading the eBPF programs")?;
+    let backend = backend.with_board(board.clone());
+    Ok(Box::new(match log {
+        None => backend,
+        Some(log) => backend.with_log(log, Arc::new(|line| line.write())).context("reading denied flows")?,
+    }))
 }
 
 /// Removes what any version of the eBPF backend has pinned and attached, and the rules that make the kernel track
@@ -243,6 +265,11 @@ pub(crate) fn backend_for_cleanup() -> anyhow::Result<Box<dyn Backend>> {
 
 /// The backend that `settings` ask for, with what cuts connections around it if they do.
 fn iptables_that_cuts(settings: &Settings) -> anyhow::Result<Box<dyn Backend>> {
+    if settings.log_denied == LogDenied::Flows {
+        bail!(
+            "log-denied flows is of the eBPF backend only: iptables does not tell whose packets a rule drops"
+        );
+    }
     let established = match settings.denied_connections {
         DeniedConnections::Keep => Established::Keep,
         DeniedConnections::Cut => Established::Cut,

@@ -1,7 +1,7 @@
 //! What became of a packet at the hook: the counters' slots.
 
 use crate::decide::{Judgement, Verdict};
-use crate::packet::ParseError;
+use crate::packet::{Headers, ParseError};
 
 /// What became of a packet, and why.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -16,8 +16,12 @@ pub enum Outcome {
     Proven,
     /// Passed: neither end is isolated.
     NotIsolated,
-    /// Passed: an end is isolated, and a policy allows it.
-    Allowed,
+    /// Passed: the destination's ingress allows it, the source's egress is not isolated.
+    IngressAllowed,
+    /// Passed: the source's egress allows it, the destination's ingress is not isolated.
+    EgressAllowed,
+    /// Passed: both allow it.
+    BothAllowed,
     /// Dropped: the destination's ingress denies it.
     Ingress,
     /// Dropped: the source's egress denies it.
@@ -41,13 +45,15 @@ pub const OUTCOMES: u32 = Outcome::ALL.len() as u32;
 
 impl Outcome {
     /// All, in the order of their slots.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::NotIp,
         Self::Local,
         Self::Neighbour,
         Self::Proven,
         Self::NotIsolated,
-        Self::Allowed,
+        Self::IngressAllowed,
+        Self::EgressAllowed,
+        Self::BothAllowed,
         Self::Ingress,
         Self::Egress,
         Self::Both,
@@ -74,14 +80,16 @@ impl Outcome {
             2 => Self::Neighbour,
             3 => Self::Proven,
             4 => Self::NotIsolated,
-            5 => Self::Allowed,
-            6 => Self::Ingress,
-            7 => Self::Egress,
-            9 => Self::Truncated,
-            10 => Self::BadHeader,
-            11 => Self::TooManyExtensions,
-            12 => Self::TooManyTags,
-            13 => Self::NoConnection,
+            5 => Self::IngressAllowed,
+            6 => Self::EgressAllowed,
+            7 => Self::BothAllowed,
+            8 => Self::Ingress,
+            9 => Self::Egress,
+            11 => Self::Truncated,
+            12 => Self::BadHeader,
+            13 => Self::TooManyExtensions,
+            14 => Self::TooManyTags,
+            15 => Self::NoConnection,
             _ => Self::Both,
         }
     }
@@ -95,7 +103,9 @@ impl Outcome {
             | Self::Neighbour
             | Self::Proven
             | Self::NotIsolated
-            | Self::Allowed => true,
+            | Self::IngressAllowed
+            | Self::EgressAllowed
+            | Self::BothAllowed => true,
             Self::Ingress
             | Self::Egress
             | Self::Both
@@ -115,8 +125,9 @@ impl Outcome {
             (Judgement::Denied, Judgement::Allowed | Judgement::NotIsolated) => Self::Ingress,
             (Judgement::Allowed | Judgement::NotIsolated, Judgement::Denied) => Self::Egress,
             (Judgement::NotIsolated, Judgement::NotIsolated) => Self::NotIsolated,
-            (Judgement::Allowed, Judgement::Allowed | Judgement::NotIsolated)
-            | (Judgement::NotIsolated, Judgement::Allowed) => Self::Allowed,
+            (Judgement::Allowed, Judgement::NotIsolated) => Self::IngressAllowed,
+            (Judgement::NotIsolated, Judgement::Allowed) => Self::EgressAllowed,
+            (Judgement::Allowed, Judgement::Allowed) => Self::BothAllowed,
         }
     }
 
@@ -140,7 +151,9 @@ impl Outcome {
             Self::Neighbour => "neighbour",
             Self::Proven => "established",
             Self::NotIsolated => "not_isolated",
-            Self::Allowed => "allowed",
+            Self::IngressAllowed => "ingress_allowed",
+            Self::EgressAllowed => "egress_allowed",
+            Self::BothAllowed => "both_allowed",
             Self::Ingress => "ingress_denied",
             Self::Egress => "egress_denied",
             Self::Both => "both_denied",
@@ -149,6 +162,38 @@ impl Outcome {
             Self::TooManyExtensions => "too_many_extensions",
             Self::TooManyTags => "too_many_tags",
             Self::NoConnection => "no_connection",
+        }
+    }
+}
+
+/// A packet that was dropped, as the ring buffer has it.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dropped {
+    /// What was judged.
+    pub headers: Headers,
+    /// [`Outcome::slot`].
+    pub outcome: u32,
+    /// The number of the interface that it was to leave by.
+    pub interface: u32,
+}
+
+const _: () = assert!(size_of::<Dropped>() == DROPPED_BYTES);
+
+/// Bytes of a [`Dropped`].
+pub const DROPPED_BYTES: usize = 48;
+
+/// Bytes of the ring buffer: a power of two, and pages. The kernel puts 8 before each event.
+pub const RING_BYTES: u32 = 128 << 10;
+
+impl Dropped {
+    /// The memory of one.
+    pub fn from_bytes(bytes: &[u8; DROPPED_BYTES]) -> Self {
+        let [headers @ .., a, b, c, d, e, f, g, h] = *bytes;
+        Self {
+            headers: Headers::from_bytes(&headers),
+            outcome: u32::from_ne_bytes([a, b, c, d]),
+            interface: u32::from_ne_bytes([e, f, g, h]),
         }
     }
 }
@@ -204,6 +249,24 @@ mod tests {
                 assert_eq!(Outcome::of(verdict).passes(), verdict.allows(), "{verdict:?}");
             }
         }
+    }
+
+    /// As a program writes it and user space reads it.
+    #[test]
+    fn an_event_is_its_memory() {
+        let mut bytes = [0; DROPPED_BYTES];
+        bytes[..8].copy_from_slice(&[10, 0, 0, 1, 10, 0, 0, 2]);
+        bytes[34..36].copy_from_slice(&443_u16.to_ne_bytes());
+        // Its flags: ports, addresses.
+        (bytes[36], bytes[37]) = (6, 2 | 32);
+        bytes[40..44].copy_from_slice(&Outcome::Egress.slot().to_ne_bytes());
+        bytes[44..].copy_from_slice(&7_u32.to_ne_bytes());
+        let Dropped { headers, outcome, interface } = Dropped::from_bytes(&bytes);
+        assert_eq!(headers.v4(), ([10, 0, 0, 1], [10, 0, 0, 2]));
+        assert_eq!((headers.port(), headers.has_addresses()), (Some((6, 443)), true));
+        assert_eq!((Outcome::at(outcome), interface), (Outcome::Egress, 7));
+        let again = Headers::of_ends(headers.family(), headers.ends(), 6);
+        assert_eq!(again, headers, "as a program makes it of a connection");
     }
 
     #[test]

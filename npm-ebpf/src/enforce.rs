@@ -17,6 +17,7 @@ use crate::conntrack::{Read, Which};
 use crate::maps::{Ipv4, Ipv6};
 use crate::proof::{Proofs, Subject};
 use crate::skb::{Start, next_header, read_into};
+use crate::tell;
 
 /// Packets by [`Outcome`].
 #[map]
@@ -113,13 +114,22 @@ fn judge_connection<R: Read, P: Proofs>(context: &TcContext, entry: u64, state: 
         State::Reply => judge_tuples(&tuples, Way::Returning),
         State::New | State::Original | State::Related | State::Nothing => judge_tuples(&tuples, Way::Opening),
     };
-    if !outcome.passes() && state == State::Reply && judge_tuples(&tuples, Way::Opening).passes() {
-        // Its own direction is not allowed; but it answers what is.
-        outcome = Outcome::Allowed;
+    if !outcome.passes() && state == State::Reply {
+        // Its own direction is not allowed; but it may answer what is.
+        let opening = judge_tuples(&tuples, Way::Opening);
+        if opening.passes() {
+            outcome = opening;
+        }
     }
     if outcome.passes() {
         P::prove(subject(&tuples.original));
     } else if mode() == Mode::Enforce {
+        match state {
+            // It is told of when its headers are judged.
+            State::Related | State::Nothing => {}
+            State::New | State::Original => tell::connection(context.skb.skb, &tuples, Way::Opening, outcome),
+            State::Reply => tell::connection(context.skb.skb, &tuples, Way::Returning, outcome),
+        }
         P::refute(subject(&tuples.original), state);
     }
     outcome
@@ -127,7 +137,7 @@ fn judge_connection<R: Read, P: Proofs>(context: &TcContext, entry: u64, state: 
 
 /// Which of a connection's directions is judged.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
+pub(crate) enum Way {
     Opening,
     Returning,
 }
@@ -172,6 +182,9 @@ extern "C" fn judge_headers(skb: *mut __sk_buff) -> u32 {
             }
         }
     };
+    if !outcome.passes() && mode() == Mode::Enforce {
+        tell::headers(skb, &headers, outcome);
+    }
     outcome.slot()
 }
 

@@ -20,6 +20,7 @@ mod entry;
 mod maps;
 mod proof;
 mod skb;
+mod tell;
 
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::macros::{classifier, map};

@@ -11,7 +11,8 @@ use npm_agent::status::report::Report;
 use npm_policy::flow::Transport;
 use npm_policy::goal::Family;
 use npm_policy::model::Protocol;
-use npm_tests::lab::agent::{Agent, Settings};
+use npm_tests::lab::agent::{Agent, Settings, binary};
+use npm_tests::lab::netns::Netns;
 use npm_tests::lab::node::{Layout, write_setting};
 use npm_tests::lab::probe::{Outcome, Probe};
 use npm_tests::lab::service::Dialect;
@@ -34,15 +35,32 @@ spec: {podSelector: {matchLabels: {app: closed}}}
 "#;
 
 struct Node {
-    // The agent ends before its lab.
+    // The agent ends before its lab, and what it has pinned goes in between.
     agent: Agent,
+    _pins: Pins,
     lab: Lab,
     client: Client,
     _directory: tempfile::TempDir,
 }
 
+/// What the eBPF backend pins outlives namespaces.
+struct Pins(Netns);
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        let cleaned = binary().and_then(|agent| self.0.exec(&agent.to_string_lossy(), &["cleanup"]));
+        if let Err(error) = cleaned {
+            eprintln!("pins are left behind: {error:#}");
+        }
+    }
+}
+
 impl Node {
     fn start(layout: Layout, verify_interval: &str) -> Result<Self> {
+        Self::start_with("iptables", layout, verify_interval)
+    }
+
+    fn start_with(backend: &str, layout: Layout, verify_interval: &str) -> Result<Self> {
         let host = |name: &str, v4: &str, v6: &str| -> Result<Host> {
             Ok(Host { name: name.into(), addresses: vec![v4.parse()?, v6.parse()?] })
         };
@@ -64,16 +82,19 @@ impl Node {
         let mut agent = Agent::start(
             lab.netns("node")?,
             Settings {
-                backend: "iptables".into(),
+                backend: backend.to_owned(),
                 node: "node".into(),
                 manifests,
                 directory: directory.path().to_owned(),
-                more: vec!["--verify-interval".into(), verify_interval.into()],
+                more: ["--verify-interval", verify_interval, "--instance", lab.netns("node")?.name()]
+                    .map(str::to_owned)
+                    .to_vec(),
             },
         )?;
         agent.wait()?;
         let client = Client::new(Path::new(directory.path()).join("socket"));
-        Ok(Self { agent, lab, client, _directory: directory })
+        let pins = Pins(lab.netns("node")?.clone());
+        Ok(Self { agent, _pins: pins, lab, client, _directory: directory })
     }
 
     /// What becomes of a packet, in each family.
@@ -274,6 +295,67 @@ fn rules_that_bend_conntrack() -> Result<()> {
     let report = node.wait_for(&[("zones", Effect::Stricter), ("notrack", Effect::Stricter)])?;
     for escape in &report.status.escapes {
         assert!(escape.what.ends_with(", in nftables' table inet own: 1"), "{}", escape.what);
+    }
+    node.agent.terminate()
+}
+
+/// What IPsec encrypts leaves as packets that the eBPF program can't read. (This kernel has no ESP, so no packet shows it.)
+#[test]
+fn policies_of_ipsec() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    for (backend, effect) in [("iptables", Effect::None), ("ebpf", Effect::Unjudged)] {
+        let node = Node::start_with(backend, Layout::Routed, "200ms")?;
+        let policy = |what: &str, source: &str| {
+            let template = match what {
+                "add" => " tmpl src 10.240.0.4 dst 10.240.0.9 proto esp mode tunnel",
+                _ => "",
+            };
+            node.on_node("ip", &format!("xfrm policy {what} src {source} dst 10.9.0.0/16 dir out{template}"))
+        };
+        // From a pod that no policy selects.
+        policy("add", "10.241.0.3/32")?;
+        let report = node.wait_for(&[("ipsec", Effect::None)])?;
+        assert!(report.ready, "{backend}: {:?}", report.reasons);
+        policy("add", "10.241.0.0/30")?;
+        // The reason was there before; what it does is new.
+        let deadline = Instant::now() + PATIENCE;
+        let report = loop {
+            let report = node.wait_for(&[("ipsec", effect)])?;
+            if report.status.escapes[0].what.contains("encrypt what leaves the node: 2") {
+                break report;
+            }
+            anyhow::ensure!(Instant::now() < deadline, "{:?}", report.status.escapes);
+        };
+        assert_eq!(report.ready, effect == Effect::None, "{backend}: {:?}", report.reasons);
+        policy("delete", "10.241.0.3/32")?;
+        policy("delete", "10.241.0.0/30")?;
+        assert!(node.wait_for(&[])?.ready, "{backend}");
+        node.agent.terminate()?;
+    }
+    Ok(())
+}
+
+/// Without the rule nothing makes the kernel track connections: it is put back at once, though no read-back is due for an
+/// hour, and shown until the next one.
+#[test]
+fn the_rule_that_tracks_connections_is_put_back() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let node = Node::start_with("ebpf", Layout::Routed, "1h")?;
+    node.wait_for(&[])?;
+    // What comes just after a write is taken for the write itself.
+    std::thread::sleep(Duration::from_millis(500));
+    node.on_node("iptables-nft", "-w -F NPM-AGENT-CONNTRACK")?;
+    let report = node.wait_for(&[("conntrack-rule-gone", Effect::Stricter)])?;
+    assert!(report.ready, "{:?}", report.reasons);
+    // The status has it when the read-back has ended.
+    let start = Instant::now();
+    while node.client.status(Freshness::Now, PATIENCE)?.status.backends[0].drift_repairs != 1 {
+        anyhow::ensure!(start.elapsed() < PATIENCE, "it is not counted\n{}", node.agent.log());
+        std::thread::sleep(Duration::from_millis(10));
     }
     node.agent.terminate()
 }

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use npm_agent::escape::{Escape, Origin};
 use npm_agent::metrics::Scope;
+use npm_policy::goal::Family;
 use npm_policy::model::{
     Namespace, Peers, Pod, PodKey, PodNetwork, PodPhase, Policy, PolicyKey, Ports, Rule, Selector,
 };
@@ -313,7 +315,14 @@ fn documented_alerts_fire_on_a_failure_and_are_quiet_otherwise() -> Result<()> {
     fleet.each(|agent| agent.change(vec![pod("h", NODES[0], 8)]));
     const FAILING: &str = "npm.rules.yaml: NpmApplyFailing";
     const DRIFT: &str = "npm.rules.yaml: NpmDrift";
-    fleet.alerts(&[DOCUMENTED, DOCUMENTED_SLOW, CORRECTED, CORRECTED_SLOW, FAILING, DRIFT])
+    fleet.alerts(&[DOCUMENTED, DOCUMENTED_SLOW, CORRECTED, CORRECTED_SLOW, FAILING, DRIFT])?;
+
+    // Traffic that nobody judges, a map that is nearly full: pending, for minutes. (A surge of drops takes an hour: promtool.)
+    one.board.replace(Origin::Backend, [Escape::ConntrackRuleGone { family: Family::V4 }].into());
+    other.script(|script| script.entries = 99);
+    const ESCAPES: &str = "npm.rules.yaml: NpmTrafficEscapes";
+    const FULL: &str = "npm.rules.yaml: NpmMapNearlyFull";
+    fleet.alerts(&[DOCUMENTED, DOCUMENTED_SLOW, CORRECTED, CORRECTED_SLOW, FAILING, DRIFT, FULL, ESCAPES])
 }
 
 #[test]

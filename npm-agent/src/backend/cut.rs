@@ -15,6 +15,7 @@ use npm_policy::flow::{Decision, Flow, Transport};
 use npm_policy::goal::Goal;
 use npm_policy::model::Protocol;
 
+use super::meter::Meter;
 use super::{Applied, Backend, BackendError, Removed, Write};
 use crate::conntrack::{Conntrack, ConntrackError, Detail, EXPECTED, Entry, MarkFilter};
 
@@ -110,6 +111,10 @@ impl Backend for Cutting {
 
     fn writes(&mut self) -> Vec<Write> {
         self.inner.writes()
+    }
+
+    fn meter(&self) -> Option<Meter> {
+        self.inner.meter()
     }
 
     fn decide(&mut self, flow: &Flow) -> Result<Decision, BackendError> {

@@ -18,11 +18,13 @@ use npm_policy::goal::{Family, Goal};
 
 use self::layout::Placement;
 use self::left::{Belief, Known, Left};
+use self::meter::Counted;
 use self::plan::{Other, SetOp, Step, Transaction};
 use self::readback::Sets;
 use self::render::{Form, Rendered};
 use self::state::{Line, Name, Rule, State, Target};
 use self::variant::Variant;
+use super::meter::Meter;
 use super::{Applied, Backend, BackendError, Removed, Write, Written};
 use crate::exec::Tools;
 
@@ -30,6 +32,7 @@ pub mod drift;
 pub mod interpret;
 pub mod layout;
 mod left;
+mod meter;
 pub mod plan;
 pub mod readback;
 mod refusal;
@@ -89,6 +92,8 @@ pub struct Iptables {
     untold: Vec<String>,
     /// What was written since somebody asked.
     writes: RefCell<Vec<Write>>,
+    /// What rules have counted and sets hold, as last read.
+    counted: Counted,
 }
 
 impl Iptables {
@@ -122,6 +127,7 @@ impl Iptables {
             known,
             untold: Vec::new(),
             writes: RefCell::default(),
+            counted: Counted::default(),
         })
     }
 
@@ -159,7 +165,9 @@ impl Iptables {
     }
 
     fn read_family(&self, family: Family, sets: &Sets) -> Result<State, BackendError> {
-        readback::state(&self.tools, self.variant, family, sets)
+        let (state, counts) = readback::state_and_counts(&self.tools, self.variant, family, sets)?;
+        self.counted.note(family, counts, &state);
+        Ok(state)
     }
 
     /// Converges the kernel to `left`, and notes in it what the kernel would not take. A family that fails does not keep
@@ -404,6 +412,10 @@ impl Backend for Iptables {
 
     fn writes(&mut self) -> Vec<Write> {
         self.writes.take()
+    }
+
+    fn meter(&self) -> Option<Meter> {
+        Some(self.counted.meter())
     }
 
     fn decide(&mut self, flow: &Flow) -> Result<Decision, BackendError> {

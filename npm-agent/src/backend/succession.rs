@@ -6,6 +6,7 @@
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::Goal;
 
+use super::meter::Meter;
 use super::{Applied, Backend, BackendError, Removed, Write};
 
 /// Removes what another backend left, and nothing of the one that follows it; gives how many objects those were.
@@ -59,6 +60,10 @@ impl Backend for Succession {
 
     fn writes(&mut self) -> Vec<Write> {
         self.backend.writes()
+    }
+
+    fn meter(&self) -> Option<Meter> {
+        self.backend.meter()
     }
 
     fn decide(&mut self, flow: &Flow) -> Result<Decision, BackendError> {

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use super::keys::{KEYS, Key, Kind, Meaning, PARENTS, Setting};
 use super::value::{
-    BackendKind, ChainPlacement, DebugAccess, DeniedConnections, IptablesVariant, LogFormat, LogLevel,
+    BackendKind, ChainPlacement, DebugAccess, DeniedConnections, IptablesVariant, LogDenied, LogFormat, LogLevel,
     Scraping, SourceKind, ValueError,
 };
 use super::{ConfigError, parse_verify_interval, parse_watch_timeout, value};
@@ -56,6 +56,8 @@ pub struct File {
     pub proof: Option<ProofBit>,
     /// `DeniedConnections`.
     pub denied_connections: Option<DeniedConnections>,
+    /// `LogDenied`.
+    pub log_denied: Option<LogDenied>,
     /// `VerifyInterval`.
     pub verify_interval: Option<Duration>,
     /// `LogLevel`.
@@ -195,6 +197,7 @@ impl Reader<'_> {
                 self.file.interfaces = Some(self.parsed(name, value, value::parse_interfaces)?);
             }
             Setting::ProofBit => self.file.proof = Some(self.parsed(name, value, value::parse_proof_bit)?),
+            Setting::LogDenied => self.file.log_denied = Some(self.parsed(name, value, str::parse)?),
             Setting::DeniedConnections => {
                 self.file.denied_connections = Some(self.parsed(name, value, str::parse)?);
             }

@@ -64,6 +64,8 @@ pub enum Setting {
     ProofBit,
     /// `--denied-connections`.
     DeniedConnections,
+    /// `--log-denied`.
+    LogDenied,
     /// `--verify-interval`.
     VerifyInterval,
     /// `--log-level`.
@@ -94,6 +96,7 @@ impl Setting {
             Self::ExcludeInterfaces => Some("exclude-interfaces"),
             Self::ProofBit => Some("proof-bit"),
             Self::DeniedConnections => Some("denied-connections"),
+            Self::LogDenied => Some("log-denied"),
             Self::VerifyInterval => Some("verify-interval"),
             Self::LogLevel => Some("log-level"),
             Self::LogFormat => Some("log-format"),
@@ -173,6 +176,7 @@ pub const KEYS: &[Key] = &[
     setting("ExcludeInterfaces", Setting::ExcludeInterfaces),
     setting("ProofBit", Setting::ProofBit),
     setting("DeniedConnections", Setting::DeniedConnections),
+    setting("LogDenied", Setting::LogDenied),
     setting("VerifyInterval", Setting::VerifyInterval),
     setting("LogFormat", Setting::LogFormat),
 ];

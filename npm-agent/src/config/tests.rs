@@ -42,6 +42,7 @@ fn nothing_said_gives_the_defaults() {
         interfaces: Selection::default(),
         proof: ProofBit::DEFAULT,
         denied_connections: DeniedConnections::Keep,
+        log_denied: LogDenied::Never,
         verify_interval: Duration::from_secs(30),
         log_level: LogLevel::Info,
         log_format: LogFormat::Auto,
@@ -69,9 +70,9 @@ fn null_is_absent() {
 fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
     let text = r#"{"Backend": "iptables", "Source": "manifests", "Manifests": "dir", "Node": "n1", "Instance": "i1",
         "ListeningAddress": "::1", "ListeningPort": 9000, "Kubeconfig": "kc", "WatchTimeout": "9s",
-        "Socket": "s1", "IptablesVariant": "nft", "VerifyInterval": "5s", "ProofBit": "0x20", "DeniedConnections": "Cut", "ExcludeInterfaces": "docker*, mgmt0", "LogLevel": "Debug", "LogFormat": "json",
-        "DebugAccess": "anyone",
-        "Toggles": {"PlaceAzureChainFirst": true, "EnablePrometheusMetrics": false, "EnableHTTPDebugAPI": false}}"#;
+        "Socket": "s1", "IptablesVariant": "nft", "VerifyInterval": "5s", "ProofBit": "0x20", "DeniedConnections": "Cut", "LogDenied": "Flows", "ExcludeInterfaces": "docker*, mgmt0", "LogLevel": "Debug", "LogFormat": "json",
+         "DebugAccess": "anyone",
+         "Toggles": {"PlaceAzureChainFirst": true, "EnablePrometheusMetrics": false, "EnableHTTPDebugAPI": false}}"#;
     let settings = Settings::resolve(Flags::default(), file(text).unwrap(), None, &host()).unwrap();
     let of_file = Settings {
         backend: BackendKind::Iptables,
@@ -87,6 +88,7 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         interfaces: "docker*, mgmt0".parse().unwrap(),
         proof: ProofBit::new(0x20).unwrap(),
         denied_connections: DeniedConnections::Cut,
+        log_denied: LogDenied::Flows,
         verify_interval: Duration::from_secs(5),
         log_level: LogLevel::Debug,
         log_format: LogFormat::Json,
@@ -112,6 +114,7 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         exclude_interfaces: Some("br?".parse().unwrap()),
         proof_bit: ProofBit::new(0x40),
         denied_connections: Some(DeniedConnections::Keep),
+        log_denied: Some(LogDenied::Never),
         verify_interval: Some(Duration::from_secs(7)),
         log_level: Some(LogLevel::Trace),
         log_format: Some(LogFormat::Human),
@@ -128,6 +131,7 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         interfaces: "br?".parse().unwrap(),
         proof: ProofBit::new(0x40).unwrap(),
         denied_connections: DeniedConnections::Keep,
+        log_denied: LogDenied::Never,
         verify_interval: Duration::from_secs(7),
         log_level: LogLevel::Trace,
         log_format: LogFormat::Human,

@@ -131,6 +131,17 @@ choice! {
 }
 
 choice! {
+    /// What of denied flows is logged.
+    LogDenied {
+        /// Nothing: they are counted.
+        Never = "never",
+        /// Each flow, at most so many a second.
+        Flows = "flows",
+    }
+    refused {}
+}
+
+choice! {
     /// How logs look.
     LogFormat {
         /// For people on a terminal, for machines otherwise.

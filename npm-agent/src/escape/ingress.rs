@@ -24,9 +24,12 @@ const TCA_OPTIONS: u16 = 2;
 const TCA_BPF_NAME: u16 = 7;
 /// Where filters of what comes in hang (TC_H_CLSACT, TC_H_MIN_INGRESS; linux/pkt_sched.h).
 const INGRESS: u32 = 0xffff_fff2;
-/// `struct tcmsg`, and where it has the interface's number and the parent.
+/// Where filters of what goes out hang (TC_H_MIN_EGRESS).
+const EGRESS: u32 = 0xffff_fff3;
+/// `struct tcmsg`, and where it has the interface's number, the filter's handle and the parent.
 const HEADER_LEN: usize = 20;
 const INTERFACE: usize = 4;
+const HANDLE: usize = 8;
 const PARENT: usize = 12;
 
 /// The interfaces that have such filters.
@@ -55,13 +58,45 @@ pub(super) fn filters(interfaces: &BTreeMap<Index, Interface>) -> io::Result<BTr
 
 /// Names of programs, or kinds of filters that have none.
 fn filters_of(socket: &mut Socket, interface: Index) -> io::Result<BTreeSet<String>> {
+    let filters = list(socket, interface, INGRESS)?;
+    Ok(filters.into_iter().map(|(_, name)| name).collect())
+}
+
+/// The filters of what goes out through an interface, as they are asked: handles, and names as in [`filters_of`].
+///
+/// # Errors
+/// The kernel does not let itself be asked.
+pub(crate) fn egress_filters(interface: Index) -> io::Result<Vec<(u32, String)>> {
+    let mut filters = list(&mut Socket::open(None, 0)?, interface, EGRESS)?;
+    // Without a handle: what several filters of one priority are in.
+    filters.retain(|(handle, _)| *handle != 0);
+    Ok(filters)
+}
+
+/// Whether an interface has a hook for what goes out: the queueing discipline that is in its place on many nodes, `ingress`,
+/// takes filters for what goes out and asks them of what comes in.
+///
+/// # Errors
+/// The kernel does not let itself be asked.
+pub(crate) fn has_egress_hook(interface: Index) -> io::Result<bool> {
+    let mut found = false;
+    Socket::open(None, 0)?.ask(RTM_GETQDISC, NLM_F_DUMP, &[0; HEADER_LEN], |kind, payload| {
+        found |= kind == RTM_NEWQDISC && interface_of(payload)? == interface && kind_of(payload)? == "clsact";
+        Ok(())
+    })?;
+    Ok(found)
+}
+
+fn list(socket: &mut Socket, interface: Index, parent: u32) -> io::Result<Vec<(u32, String)>> {
     let mut body = [0; HEADER_LEN];
     body[INTERFACE..INTERFACE + 4].copy_from_slice(&interface.0.to_ne_bytes());
-    body[PARENT..PARENT + 4].copy_from_slice(&INGRESS.to_ne_bytes());
-    let mut filters = BTreeSet::new();
+    body[PARENT..PARENT + 4].copy_from_slice(&parent.to_ne_bytes());
+    let mut filters = Vec::new();
     let asked = socket.ask(RTM_GETTFILTER, NLM_F_DUMP, &body, |kind, payload| {
         if kind == RTM_NEWTFILTER {
-            filters.insert(program_of(payload)?.map_or_else(|| kind_of(payload), Ok)?);
+            let handle = array(payload, HANDLE).ok_or_else(|| malformed("the handle of a filter"))?;
+            let name = program_of(payload)?.map_or_else(|| kind_of(payload), Ok)?;
+            filters.push((u32::from_ne_bytes(handle), name));
         }
         Ok(())
     });
@@ -69,7 +104,7 @@ fn filters_of(socket: &mut Socket, interface: Index) -> io::Result<BTreeSet<Stri
         Ok(_listed) => Ok(filters),
         Err(error) => match Errno::from_io_error(&error) {
             // The interface, or its hook, has gone meanwhile.
-            Some(Errno::NODEV | Errno::INVAL) => Ok(BTreeSet::new()),
+            Some(Errno::NODEV | Errno::INVAL) => Ok(Vec::new()),
             Some(_) | None => Err(error),
         },
     }

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use npm_policy::goal::Family;
 
-use super::{Escape, Place, Subject, ingress, ipvs, legacy, nftables, routes};
+use super::{Escape, Place, Subject, ingress, ipsec, ipvs, legacy, nftables, routes};
 use crate::exec::Tools;
 use crate::interfaces::{AdminState, Index, Interface, Kind};
 use crate::netlink::Socket;
@@ -20,6 +20,7 @@ pub(super) fn survey(
     let looks = [
         bridges(interfaces, protected),
         ipvs_services().map_err(|error| (Subject::Ipvs, error.to_string())),
+        ipsec::escapes(protected).map_err(|error| (Subject::Ipsec, error.to_string())),
         nftables::escapes().map_err(|error| (Subject::Nftables, error.to_string())),
         legacy_rules(tools),
         ingress::filters(interfaces).map_err(|error| (Subject::Filters, error.to_string())),

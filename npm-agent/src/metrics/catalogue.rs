@@ -233,6 +233,21 @@ catalogue! {
         "Things that someone else had changed in the kernel and that were repaired.";
     DEGRADED_POLICIES: Gauge Node "npm_node_degraded_policies" ["backend"]
         "Policies that the kernel does not take whole: they isolate, and allow less than they say.";
+    // Ours: what the backends' programs and rules do.
+    VERDICTS: Counter Node "npm_node_verdicts_total" ["backend", "direction", "verdict"]
+        "Packets judged: denied and dropped by policies of this direction, or allowed by them and passed.";
+    PASSES: Counter Node "npm_node_passes_total" ["backend", "reason"]
+        "Packets that passed the eBPF program.";
+    DROPS: Counter Node "npm_node_drops_total" ["backend", "reason"]
+        "Packets that were dropped.";
+    UNLOGGED: Counter Node "npm_node_unlogged_denials_total" ["backend", "reason"]
+        "Packets that were denied and are in no line of the log of denied flows.";
+    STORE_ENTRIES: Gauge Node "npm_node_store_entries" ["backend", "store"]
+        "Entries in use of what holds so much and no more: eBPF maps, IP sets.";
+    STORE_LIMIT: Gauge Node "npm_node_store_limit" ["backend", "store"]
+        "Most entries that there can be.";
+    ESCAPES: Gauge Node "npm_node_escapes" ["reason", "effect"]
+        "Reasons why traffic of this node escapes judgement, or may; 0 for those that are not so.";
     // Ours: the machine and the process. Names without npm_ are the convention of Prometheus' own clients.
     CONNTRACK_ENTRIES: Gauge Node "npm_node_conntrack_entries" []
         "Connections that the kernel tracks in the agent's network namespace.";

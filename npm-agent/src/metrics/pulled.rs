@@ -39,24 +39,29 @@ impl Collector for Pulled {
     }
 
     fn collect(&self) -> Vec<proto::MetricFamily> {
-        let metric = |(labels, value): Sample| {
-            let mut metric = proto::Metric::from_label(pairs(self.declared.labels, labels));
-            match self.declared.kind {
-                Kind::Counter => {
-                    let mut counter = proto::Counter::default();
-                    counter.set_value(value);
-                    metric.set_counter(counter);
-                }
-                Kind::Gauge | Kind::Histogram | Kind::Summary => {
-                    let mut gauge = proto::Gauge::default();
-                    gauge.set_value(value);
-                    metric.set_gauge(gauge);
-                }
-            }
-            metric
-        };
-        vec![self.declared.family((self.read)().into_iter().map(metric).collect())]
+        vec![family(&self.declared, (self.read)())]
     }
+}
+
+/// A gauge or counter with these samples.
+pub(crate) fn family(declared: &Declared, samples: Vec<Sample>) -> proto::MetricFamily {
+    let metric = |(labels, value): Sample| {
+        let mut metric = proto::Metric::from_label(pairs(declared.labels, labels));
+        match declared.kind {
+            Kind::Counter => {
+                let mut counter = proto::Counter::default();
+                counter.set_value(value);
+                metric.set_counter(counter);
+            }
+            Kind::Gauge | Kind::Histogram | Kind::Summary => {
+                let mut gauge = proto::Gauge::default();
+                gauge.set_value(value);
+                metric.set_gauge(gauge);
+            }
+        }
+        metric
+    };
+    declared.family(samples.into_iter().map(metric).collect())
 }
 
 /// Label names with their values.

@@ -9,7 +9,9 @@ use npm_policy::world::Change;
 
 use super::catalogue::{ALL, Declared, Kind};
 use super::*;
+use crate::backend::meter::{Direction, Judged, Reading, Store};
 use crate::backend::{Degraded, Write, Written};
+use crate::escape::{Board, Engine};
 use crate::reconcile::backoff::Backoff;
 use crate::reconcile::fake::{Agent, Fake, IN_SYNC, PATIENCE, QUICK, namespace, pod, policy};
 use crate::reconcile::worker::Timing;
@@ -251,7 +253,36 @@ fn eventful() -> Arc<Metrics> {
         write(Written::Chains, true),
         write(Written::Removals, false),
     ]);
+    agent.metrics.metered("fake", Box::new(reading));
+    agent.metrics.board(Board::new(Engine::Ebpf).unwrap());
     Arc::clone(&agent.metrics)
+}
+
+/// One of everything that a backend may count.
+fn reading() -> Reading {
+    Reading {
+        passes: vec![("established", 1)],
+        drops: vec![("egress_denied", 2)],
+        verdicts: vec![(Direction::Egress, Judged::Denied, 2)],
+        unlogged: vec![("ring_full", 1)],
+        stores: vec![Store { name: "rows", used: 3, limit: 4 }],
+    }
+}
+
+#[test]
+fn what_a_backend_counts_is_told_with_its_labels() {
+    let text = eventful().render(Scope::Node);
+    for line in [
+        "npm_node_passes_total{backend=\"fake\",reason=\"established\"} 1",
+        "npm_node_drops_total{backend=\"fake\",reason=\"egress_denied\"} 2",
+        "npm_node_verdicts_total{backend=\"fake\",direction=\"egress\",verdict=\"denied\"} 2",
+        "npm_node_unlogged_denials_total{backend=\"fake\",reason=\"ring_full\"} 1",
+        "npm_node_store_entries{backend=\"fake\",store=\"rows\"} 3",
+        "npm_node_store_limit{backend=\"fake\",store=\"rows\"} 4",
+        "npm_node_escapes{reason=\"ipsec\",effect=\"none\"} 0",
+    ] {
+        assert!(text.lines().any(|told| told == line), "no {line} in:\n{text}");
+    }
 }
 
 #[test]

@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::backoff::Backoff;
 use super::worker::{Timing, Worker};
 use super::{Ask, Channels, Ended, Freshness, Identity, Reconcile};
+use crate::backend::meter::Meter;
 use crate::backend::{Applied, Backend, BackendError, Degraded, Removed, Write};
 use crate::metrics::Metrics;
 use crate::source::{Completeness, Event};
@@ -131,6 +132,10 @@ impl Backend for Fake {
 
     fn writes(&mut self) -> Vec<Write> {
         Vec::new()
+    }
+
+    fn meter(&self) -> Option<Meter> {
+        None
     }
 
     fn decide(&mut self, _: &Flow) -> Result<Decision, BackendError> {

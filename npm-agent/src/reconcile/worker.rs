@@ -119,6 +119,9 @@ impl Worker {
     pub fn start(backend: Box<dyn Backend>, timing: Timing, metrics: &Metrics) -> std::io::Result<Self> {
         let name = backend.name();
         let inherited = backend.inherits();
+        if let Some(meter) = backend.meter() {
+            metrics.metered(name, meter);
+        }
         let status = BackendStatus { name: name.to_owned(), inherited, ..BackendStatus::default() };
         let state = State {
             newest: None,

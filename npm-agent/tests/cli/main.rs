@@ -11,6 +11,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use npm_agent::backend::meter::Meter;
 use npm_agent::backend::{Applied, Backend, BackendError, Removed, Write};
 use npm_agent::config::value::{LogFormat, LogLevel};
 use npm_agent::logging;
@@ -177,6 +178,10 @@ impl Backend for Panicking {
 
     fn writes(&mut self) -> Vec<Write> {
         Vec::new()
+    }
+
+    fn meter(&self) -> Option<Meter> {
+        None
     }
 
     fn decide(&mut self, _: &Flow) -> Result<Decision, BackendError> {

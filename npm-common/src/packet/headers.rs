@@ -60,6 +60,42 @@ impl Headers {
         Ends { source, destination, port: self.port() }
     }
 
+    /// The memory of one that a program has made.
+    pub const fn from_bytes(bytes: &[u8; 40]) -> Self {
+        let [addresses @ .., a, b, c, d, protocol, flags, icmpv6_type, pad] = *bytes;
+        Self {
+            addresses,
+            source_port: u16::from_ne_bytes([a, b]),
+            destination_port: u16::from_ne_bytes([c, d]),
+            protocol,
+            flags,
+            icmpv6_type,
+            pad,
+        }
+    }
+
+    /// What the first packet of a flow says, as far as policies judge it.
+    #[inline(always)]
+    pub fn of_ends(family: Family, Ends { source, destination, port }: Ends<'_>, protocol: u8) -> Self {
+        let mut headers = Self { flags: ADDRESSES, protocol, ..Self::default() };
+        match family {
+            Family::V4 => {
+                headers.addresses[..4].copy_from_slice(&source[..4]);
+                headers.addresses[4..8].copy_from_slice(&destination[..4]);
+            }
+            Family::V6 => {
+                headers.flags |= IPV6;
+                headers.addresses[..16].copy_from_slice(source);
+                headers.addresses[16..].copy_from_slice(destination);
+            }
+        }
+        if let Some((_, port)) = port {
+            headers.flags |= PORTS;
+            headers.destination_port = port;
+        }
+        headers
+    }
+
     const fn is(&self, flag: u8) -> bool {
         self.flags & flag != 0
     }

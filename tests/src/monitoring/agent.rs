@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use npm_agent::backend::meter::{Direction, Judged, Meter, Reading, Store};
 use npm_agent::backend::{Applied, Backend, BackendError, Degraded, Removed, Write, Written};
+use npm_agent::escape::{Board, Engine};
 use npm_agent::metrics::Metrics;
 use npm_agent::reconcile::backoff::Backoff;
 use npm_agent::reconcile::worker::{Timing, Worker};
@@ -31,6 +33,8 @@ pub struct Script {
     pub drift: Vec<String>,
     /// What every apply says.
     pub degraded: Vec<Degraded>,
+    /// How much the one map holds, of 100.
+    pub entries: u64,
 }
 
 /// A backend that writes nothing.
@@ -83,6 +87,20 @@ impl Backend for Scripted {
         }
     }
 
+    fn meter(&self) -> Option<Meter> {
+        let script = Arc::clone(&self.script);
+        Some(Box::new(move || {
+            let Script { entries, .. } = *script.lock().unwrap_or_else(PoisonError::into_inner);
+            Reading {
+                passes: vec![("established", 1)],
+                drops: vec![("ingress_denied", 0)],
+                verdicts: vec![(Direction::Ingress, Judged::Denied, 0)],
+                unlogged: vec![("rate_limit", 0)],
+                stores: vec![Store { name: "rows", used: entries, limit: 100 }],
+            }
+        }))
+    }
+
     fn decide(&mut self, _: &Flow) -> Result<Decision, BackendError> {
         Err(BackendError::Unsupported { what: "a kernel".to_owned() })
     }
@@ -97,6 +115,8 @@ impl Backend for Scripted {
 pub struct Scrapable {
     /// Its metrics.
     pub metrics: Arc<Metrics>,
+    /// What escapes judgement.
+    pub board: Board,
     /// Where they are served.
     pub address: SocketAddr,
     events: mpsc::Sender<Event>,
@@ -138,6 +158,9 @@ impl Scrapable {
         };
         let scripted = Scripted { name: backend, script: Arc::clone(&script) };
         let worker = Worker::start(Box::new(scripted), timing, &metrics).context("starting the worker")?;
+        let engine = if backend == "ebpf" { Engine::Ebpf } else { Engine::Iptables };
+        let board = Board::new(engine).context("making a board")?;
+        metrics.board(board.clone());
         let (events, events_end) = mpsc::channel(64);
         let (refresh, refresh_end) = mpsc::channel(1);
         let (_, asks) = mpsc::channel(1);
@@ -147,7 +170,7 @@ impl Scrapable {
             .start(channels)
             .context("starting the loop")?;
         let address = export(Arc::clone(&metrics))?;
-        Ok((Self { metrics, address, events, script }, refresh_end))
+        Ok((Self { metrics, board, address, events, script }, refresh_end))
     }
 
     /// Objects change.

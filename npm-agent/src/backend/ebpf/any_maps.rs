@@ -10,6 +10,7 @@ use npm_policy::goal::Goal;
 
 use super::maps::{ApplyError, Maps, MapsError, Writes};
 use super::width::Width;
+use crate::backend::meter::Store;
 
 /// The maps of one object.
 pub enum AnyMaps {
@@ -63,6 +64,11 @@ impl AnyMaps {
     /// [`Maps::is_empty`].
     pub fn is_empty(&self) -> bool {
         either!(self, maps => maps.is_empty())
+    }
+
+    /// [`Maps::stores`].
+    pub fn stores(&self) -> Vec<Store> {
+        either!(self, maps => maps.stores())
     }
 
     /// [`Maps::apply`].

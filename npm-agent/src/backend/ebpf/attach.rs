@@ -17,7 +17,10 @@ use aya::util::KernelVersion;
 use rustix::io::Errno;
 
 use super::choice::{Choice, Hook};
+use super::datapath::ENTRIES;
+use super::outlook::Outlook;
 use super::pins::Pins;
+use crate::escape::{Board, Escape, egress_filters, has_egress_hook};
 use crate::interfaces::select::{Need, Selection};
 use crate::interfaces::{Index, Interface};
 
@@ -25,6 +28,8 @@ use crate::interfaces::{Index, Interface};
 const PRIORITY: u16 = 1;
 /// The filter's handle: "np", so that nobody else's is taken for ours.
 const HANDLE: TcHandle = TcHandle::new(0x6e70, 1);
+/// The same as the kernel tells it.
+const HANDLE_NUMBER: u32 = 0x6e70_0001;
 
 /// Why an interface has no program.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +55,12 @@ pub enum AttachError {
         #[source]
         source: TcError,
     },
+    /// Another queueing discipline is where clsact belongs: filters for what goes out would be asked of what comes in.
+    #[error("{name} has an ingress queueing discipline, which has no egress, in the place of clsact")]
+    NoEgress {
+        /// The interface.
+        name: String,
+    },
     /// The link is not what it must be, or can't be pinned.
     #[error("cannot keep the link of {name}")]
     Link {
@@ -73,6 +84,7 @@ struct Places {
     program: Option<SchedClassifier>,
     /// Where this process has attached it.
     attached: BTreeSet<Index>,
+    outlook: Outlook,
 }
 
 impl Attachments {
@@ -85,13 +97,27 @@ impl Attachments {
         let offered = if has_links { Hook::Tcx } else { Hook::Clsact };
         let program = SchedClassifier::from_pin(pins.program()).map_err(AttachError::Pinned)?;
         let hook = choice.hook.unwrap_or(offered);
-        let places = Places { pins, hook, selection, program: Some(program), attached: BTreeSet::new() };
+        let outlook = Outlook::default();
+        let places =
+            Places { pins, hook, selection, program: Some(program), attached: BTreeSet::new(), outlook };
         Ok(Self(Arc::new(Mutex::new(places))))
     }
 
     fn lock(&self) -> MutexGuard<'_, Places> {
         // No code panics while it holds the lock, and a panic elsewhere ends the process.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts on this board what lets traffic escape.
+    pub(super) fn report_to(&self, board: Board) {
+        self.lock().outlook.report_to(board);
+    }
+
+    /// Tells of what lets traffic escape, after a look at all interfaces and at what tracks connections.
+    pub(super) fn tell(&self, tracking: BTreeSet<Escape>) {
+        let mut places = self.lock();
+        places.outlook.tracking(tracking);
+        places.outlook.tell();
     }
 
     /// How the program is attached.
@@ -115,6 +141,7 @@ impl Attachments {
     pub(super) fn forget(&self, index: Index) {
         let mut places = self.lock();
         places.attached.remove(&index);
+        places.outlook.forget(index);
         // There is none in a clsact queueing discipline, or if it never was attached.
         let _ = std::fs::remove_file(places.pins.link(index.0));
     }
@@ -140,7 +167,9 @@ impl Attachments {
 
     /// Lets go of the program: nothing is attached from here on.
     pub(super) fn close(&self) {
-        self.lock().program = None;
+        let mut places = self.lock();
+        places.program = None;
+        places.outlook.close();
     }
 }
 
@@ -154,15 +183,24 @@ impl Places {
         for interface in interfaces {
             match self.selection.need(interface) {
                 Need::Program(_) => {}
-                Need::Nothing(_) => continue,
+                Need::Nothing(_) => {
+                    self.outlook.forget(interface.index);
+                    continue;
+                }
             }
-            if self.attached.contains(&interface.index) && self.is_there(&program, interface) {
-                continue;
+            if !self.attached.contains(&interface.index) || !self.is_there(&program, interface) {
+                match self.attach(&mut program, interface) {
+                    Ok(()) => new += usize::from(self.attached.insert(interface.index)),
+                    Err(error) => {
+                        let reason = chain(&error);
+                        self.outlook.refused(interface.index, &interface.name, reason);
+                        outcome = outcome.and(Err(error));
+                        continue;
+                    }
+                }
             }
-            match self.attach(&mut program, interface) {
-                Ok(()) => new += usize::from(self.attached.insert(interface.index)),
-                Err(error) => outcome = outcome.and(Err(error)),
-            }
+            let before = self.before(&program, interface);
+            self.outlook.attached(interface.index, &interface.name, before);
         }
         self.program = Some(program);
         outcome.map(|()| new)
@@ -179,6 +217,34 @@ impl Places {
             // The filter can't be asked for without replacing it: replacing is harmless.
             Hook::Clsact => false,
         }
+    }
+
+    /// The programs of others that a packet meets first.
+    fn before(&self, program: &SchedClassifier, interface: &Interface) -> Vec<String> {
+        let ours = match self.hook {
+            Hook::Tcx => program.info().ok().map(|info| info.id()),
+            // Every link comes before every filter.
+            Hook::Clsact => None,
+        };
+        // Before 6.6 there are no links.
+        let (_, linked) =
+            SchedClassifier::query_tcx(&interface.name, TcAttachType::Egress).unwrap_or_default();
+        let first = linked.iter().take_while(|found| Some(found.id()) != ours);
+        let mut before: Vec<String> =
+            first.map(|found| found.name_as_str().unwrap_or_default().to_owned()).collect();
+        match self.hook {
+            Hook::Tcx => {}
+            Hook::Clsact => {
+                let filters = egress_filters(interface.index).unwrap_or_default();
+                if filters.iter().any(|(handle, _)| *handle == HANDLE_NUMBER) {
+                    let first = filters.into_iter().take_while(|(handle, _)| *handle != HANDLE_NUMBER);
+                    before.extend(first.map(|(_, name)| name));
+                }
+            }
+        }
+        // What an earlier process of ours has attached in another way judges as well.
+        before.retain(|name| !ENTRIES.contains(&name.as_str()));
+        before
     }
 
     fn attach(&self, program: &mut SchedClassifier, interface: &Interface) -> Result<(), AttachError> {
@@ -212,12 +278,27 @@ impl Places {
     }
 }
 
+/// An error with its causes.
+fn chain(error: &AttachError) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(this) = cause {
+        text.push_str(&format!(": {this}"));
+        cause = this.source();
+    }
+    text
+}
+
 fn attach_clsact(program: &mut SchedClassifier, interface: &Interface) -> Result<(), AttachError> {
     let name = || interface.name.clone();
     let failed = |source| AttachError::Program { name: name(), source };
     match qdisc_add_clsact(&interface.name) {
         Ok(()) => {}
-        Err(error) if is(&error, &[Errno::EXIST]) => {}
+        Err(error) if is(&error, &[Errno::EXIST]) => {
+            if !has_egress_hook(interface.index).unwrap_or(true) {
+                return Err(AttachError::NoEgress { name: name() });
+            }
+        }
         Err(source) => return Err(AttachError::Clsact { name: name(), source }),
     }
     let ours = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };

@@ -31,6 +31,16 @@ pub enum Hook {
     Clsact,
 }
 
+/// What becomes known of dropped packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Drops {
+    /// How many there are.
+    #[default]
+    Counted,
+    /// Which they are, as well.
+    Told,
+}
+
 /// What is chosen; `None`: what the kernel offers, the better first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Choice {
@@ -40,11 +50,15 @@ pub struct Choice {
     pub proofs: Option<Proofs>,
     /// How the program is attached.
     pub hook: Option<Hook>,
+    /// What becomes known of dropped packets.
+    pub drops: Drops,
 }
 
 /// A word that names no choice.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{word:?} is no way to load the eBPF program; known are: cast, probe, kfuncs, maps, tcx, clsact")]
+#[error(
+    "{word:?} is no way to load the eBPF program; known are: cast, probe, kfuncs, maps, tcx, clsact, tell"
+)]
 pub struct UnknownChoice {
     /// The word.
     pub word: String,
@@ -62,6 +76,7 @@ impl Choice {
                 reading: Some(reading),
                 proofs: Some(proofs),
                 hook: Some(hook),
+                drops: Drops::Counted,
             })
         })
     }
@@ -69,11 +84,16 @@ impl Choice {
 
 impl fmt::Display for Choice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { reading, proofs, hook } = self;
+        let Self { reading, proofs, hook, drops } = self;
+        let drops = match drops {
+            Drops::Counted => None,
+            Drops::Told => Some("tell".to_owned()),
+        };
         let words = [
             reading.map(|reading| reading.to_string()),
             proofs.map(|proofs| proofs.to_string()),
             hook.map(|hook| hook.to_string()),
+            drops,
         ];
         f.write_str(&words.into_iter().flatten().collect::<Vec<_>>().join(","))
     }
@@ -93,6 +113,7 @@ impl FromStr for Choice {
                 "maps" => choice.proofs = Some(Proofs::Maps),
                 "tcx" => choice.hook = Some(Hook::Tcx),
                 "clsact" => choice.hook = Some(Hook::Clsact),
+                "tell" => choice.drops = Drops::Told,
                 _ => return Err(UnknownChoice { word: word.to_owned() }),
             }
         }
@@ -134,9 +155,13 @@ mod tests {
     #[test]
     fn words_choose() {
         assert_eq!("".parse(), Ok(Choice::default()));
-        let all =
-            Choice { reading: Some(Reading::Probe), proofs: Some(Proofs::Maps), hook: Some(Hook::Clsact) };
-        assert_eq!("probe, maps,clsact".parse(), Ok(all));
+        let all = Choice {
+            reading: Some(Reading::Probe),
+            proofs: Some(Proofs::Maps),
+            hook: Some(Hook::Clsact),
+            drops: Drops::Told,
+        };
+        assert_eq!("probe, maps,clsact,tell".parse(), Ok(all));
         assert_eq!("kfuncs".parse(), Ok(Choice { proofs: Some(Proofs::Kfuncs), ..Choice::default() }));
         for choice in Choice::every() {
             assert_eq!(choice.to_string().parse(), Ok(choice));

@@ -11,7 +11,8 @@ use npm_common::mark::ProofBit;
 
 use super::any_maps::AnyMaps;
 use super::btf::Offsets;
-use super::choice::{Choice, Proofs, Reading};
+use super::choice::{Choice, Drops, Proofs, Reading};
+use super::denials::EVENTS;
 use super::kernel::{KernelError, VERDICT, permitted};
 use super::maps::{MapsError, NAMES};
 use super::pins::Pins;
@@ -34,6 +35,9 @@ pub(super) struct Settings<'a> {
     /// The bit of connections' marks that is the proof.
     pub(super) proof: ProofBit,
 }
+
+/// Bytes of a ring buffer that nothing is written to: as few as the kernel takes.
+const LEAST_RING: u32 = 4096;
 
 /// The programs, loaded.
 pub(super) struct Datapath {
@@ -93,6 +97,11 @@ impl Datapath {
         if proofs == Proofs::Kfuncs {
             loader.map_max_entries("PROOFS", LEAST_PROOFS);
         }
+        let told = u32::from(choice.drops == Drops::Told);
+        loader.override_global("TELL", &told, true);
+        if choice.drops == Drops::Counted {
+            loader.map_max_entries(EVENTS, LEAST_RING);
+        }
         for (name, path) in &paths {
             loader.map_pin_path(name, path.as_path());
         }
@@ -124,6 +133,11 @@ impl Datapath {
     /// All programs and maps.
     pub(super) fn ebpf(&self) -> &Ebpf {
         &self.ebpf
+    }
+
+    /// The same, to take maps out.
+    pub(super) fn ebpf_mut(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
     }
 
     /// The classification's maps. They can be taken once.

@@ -1,9 +1,11 @@
 //! The backend: maps filled from the goal, and the program that reads them at every interface.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
 
 use npm_common::event::{Mode, Outcome};
+use npm_common::layout::WIDE_WORDS;
 use npm_common::mark::ProofBit;
 use npm_policy::flow::{Decision, Flow};
 use npm_policy::goal::Goal;
@@ -13,14 +15,19 @@ use super::attach::{Attachments, detach_clsact};
 use super::choice::{Choice, Proofs};
 use super::connections::{Reaper, prove_existing, prove_marked, sweep};
 use super::datapath::{Datapath, ENTRIES, Settings};
+use super::denials::{Denials, Sink, Unlogged};
 use super::kernel::{KernelError, verdict};
-use super::lower::decision;
+use super::lower::{decision, needed_bits};
 use super::maps::{ApplyError, Writes};
+use super::meter::{self, Fill};
 use super::pins::Pins;
 use super::rule::Iptables;
 use super::watch::{Watch, interfaces};
 use super::width::Width;
+use crate::backend::meter::{Meter, Store};
 use crate::backend::{Applied, Backend, BackendError, Removed, Write};
+use crate::denied::Log;
+use crate::escape::{Board, Escape, Subject};
 use crate::exec::Tools;
 use crate::interfaces::select::Selection;
 
@@ -59,6 +66,14 @@ pub struct Ebpf {
     reaper: Option<Reaper>,
     /// Whether an earlier process of ours enforces.
     inherited: bool,
+    /// What was wrong with the rules that track connections at the last look.
+    untracked: BTreeSet<Escape>,
+    /// Where denied flows are told, if they are.
+    log: Option<(Log, Sink)>,
+    denials: Option<Denials>,
+    unlogged: Unlogged,
+    /// How full the maps are: as of the first apply and of each read-back.
+    fill: Fill,
 }
 
 impl Ebpf {
@@ -98,6 +113,11 @@ impl Ebpf {
             watch: None,
             reaper,
             inherited,
+            log: None,
+            denials: None,
+            unlogged: Unlogged::default(),
+            untracked: BTreeSet::new(),
+            fill: Fill::default(),
         };
         if inherited {
             // Whatever has the program of before keeps it; the next read-back tries again and reports.
@@ -107,6 +127,32 @@ impl Ebpf {
             ebpf.pins.keep_only(width).map_err(KernelError::from)?;
         }
         Ok(ebpf)
+    }
+
+    /// The same, telling this board of what lets traffic escape.
+    pub fn with_board(self, board: Board) -> Self {
+        self.attachments.report_to(board);
+        self
+    }
+
+    /// The same, giving this sink a line for each flow that is denied. It takes programs that tell of dropped packets:
+    /// [`super::choice::Drops::Told`].
+    ///
+    /// # Errors
+    /// There can be no thread.
+    pub fn with_log(mut self, log: Log, sink: Sink) -> Result<Self, BackendError> {
+        self.log = Some((log, sink));
+        self.read_denials()?;
+        Ok(self)
+    }
+
+    /// Reads from the programs that are loaded now, and no longer from others.
+    fn read_denials(&mut self) -> Result<(), KernelError> {
+        if let Some((log, sink)) = &self.log {
+            let (log, sink) = (log.clone(), Arc::clone(sink));
+            self.denials = Some(Denials::start(self.datapath.ebpf_mut(), log, sink, self.unlogged.clone())?);
+        }
+        Ok(())
     }
 
     /// Packets by what became of them, since the maps were made.
@@ -121,7 +167,9 @@ impl Ebpf {
     fn attach(&mut self) -> Result<usize, BackendError> {
         let known = interfaces()?;
         self.attachments.forget_all_but(&known);
-        let new = self.attachments.sync(known.values()).map_err(KernelError::from)?;
+        let new = self.attachments.sync(known.values());
+        self.attachments.tell(self.untracked.clone());
+        let new = new.map_err(KernelError::from)?;
         if self.watch.is_none() {
             self.watch = Some(Watch::start(self.attachments.clone())?);
         }
@@ -133,6 +181,15 @@ impl Ebpf {
         Settings { choice, pins: &self.pins, proof: self.proof }
     }
 
+    fn look_how_full(&self) {
+        let mut stores = self.maps.stores();
+        // Narrow rows are widened when they are full.
+        let limit = 64 * WIDE_WORDS as u64;
+        let used = self.goal.as_ref().map(|goal| needed_bits(goal) as u64);
+        stores.extend(used.map(|used| Store { name: "peer_sets", used, limit }));
+        self.fill.replace(stores);
+    }
+
     /// Goes on with programs of another width, which judge by `goal` from the first packet on.
     fn widen(&mut self, goal: &Goal, width: Width) -> Result<Writes, KernelError> {
         let directory = self.pins.begin(width)?;
@@ -142,6 +199,9 @@ impl Ebpf {
         self.pins.finish(width)?;
         datapath.publish(&self.pins)?;
         (self.datapath, self.maps) = (datapath, maps);
+        if let Err(error) = self.read_denials() {
+            tracing::warn!(%error, "denied flows are not logged any more");
+        }
         self.attachments.renew()?;
         self.attachments.sync(interfaces()?.values())?;
         // Nothing leads to the others any more.
@@ -151,14 +211,28 @@ impl Ebpf {
     }
 
     /// Puts back the rules that make the kernel track connections; gives what was not there.
-    fn track(&self) -> Result<Vec<String>, BackendError> {
-        let mut missing = Vec::new();
+    fn track(&mut self) -> Result<Vec<String>, BackendError> {
+        let (mut missing, mut untracked, mut outcome) = (Vec::new(), BTreeSet::new(), Ok(()));
         for iptables in &self.iptables {
-            if iptables.ensure(&self.tools)? {
-                missing.push(format!("{}: the rule that tracks connections was gone", iptables.program));
+            match iptables.ensure(&self.tools) {
+                Ok(false) => {}
+                Ok(true) => {
+                    missing.push(format!("{}: the rule that tracks connections was gone", iptables.program));
+                    untracked.insert(Escape::ConntrackRuleGone { family: iptables.family });
+                }
+                Err(error) => {
+                    let reason = format!("{}: {error}", iptables.program);
+                    untracked.insert(Escape::Unknown { subject: Subject::Tracking, reason });
+                    outcome = outcome.and(Err(error));
+                }
             }
         }
-        Ok(missing)
+        // Before the first apply there is none.
+        self.untracked = if self.goal.is_some() { untracked } else { BTreeSet::new() };
+        if outcome.is_err() {
+            self.attachments.tell(self.untracked.clone());
+        }
+        outcome.map(|()| missing)
     }
 }
 
@@ -216,7 +290,12 @@ impl Backend for Ebpf {
             Ok(Vec::new())
         };
         self.inherited = false;
-        self.goal = Some(goal.clone());
+        if let Some((log, _)) = &self.log {
+            log.enforced(goal);
+        }
+        if self.goal.replace(goal.clone()).is_none() {
+            self.look_how_full();
+        }
         if let Some(error) = unfit {
             return Err(error.into());
         }
@@ -240,6 +319,7 @@ impl Backend for Ebpf {
                 drift.push("the eBPF program was set not to drop".to_owned());
             }
         }
+        self.look_how_full();
         for line in &drift {
             // Said here as well: what fails below keeps it from the status.
             tracing::warn!(line, "somebody changed what is enforced");
@@ -254,13 +334,18 @@ impl Backend for Ebpf {
         Vec::new()
     }
 
+    fn meter(&self) -> Option<Meter> {
+        let meter = meter::meter(&self.pins, self.fill.clone(), self.unlogged.clone());
+        meter.inspect_err(|error| tracing::warn!(%error, "packets are not counted")).ok()
+    }
+
     fn decide(&mut self, flow: &Flow) -> Result<Decision, BackendError> {
         Ok(decision(verdict(self.datapath.ebpf(), flow)?))
     }
 
     fn remove(&mut self) -> Result<Removed, BackendError> {
         self.attachments.close();
-        (self.watch, self.reaper) = (None, None);
+        (self.watch, self.reaper, self.denials) = (None, None, None);
         let mut removed = Removed { rules: take_away(&self.pins)?, ..Removed::default() };
         for iptables in &self.iptables {
             removed.chains += usize::from(iptables.remove(&self.tools)?);

@@ -14,6 +14,7 @@ use super::any_maps::AnyMaps;
 use super::attach::AttachError;
 use super::btf::BtfError;
 use super::datapath::LEAST_PROOFS;
+use super::denials::EVENTS;
 use super::maps::{ApplyError, MapsError, Writes};
 use super::packet::opening;
 use super::pins::PinsError;
@@ -118,6 +119,7 @@ impl Kernel {
         let mut loader = EbpfLoader::new();
         // No connection is proven here: the map need not have the room of one that enforces.
         loader.map_max_entries("PROOFS", LEAST_PROOFS);
+        loader.map_max_entries(EVENTS, LEAST_PROOFS);
         let mut ebpf = loader.load(width.object()).map_err(|error| permitted(error, KernelError::Object))?;
         let program = ebpf.program_mut(VERDICT).ok_or(KernelError::Missing { name: VERDICT })?;
         let program: &mut SchedClassifier = program.try_into().map_err(KernelError::Program)?;

@@ -15,7 +15,8 @@ use npm_policy::goal::Goal;
 use super::grace::Grace;
 use super::held::{FamilyWrite, Held, HeldFamily, Limits, Readers, Write};
 use super::lower::{LowerError, Lowered, OfFamily, isolated, lower_with};
-use super::plan::{Full, Step, isolate, plan, settle};
+use super::plan::{Full, Step, isolate, plan, settle, usage};
+use crate::backend::meter::Store;
 use kernel_map::{Entries, KernelMap, Plain};
 
 /// The names of the maps in the object and of their pins.
@@ -169,6 +170,11 @@ impl<const W: usize> Maps<W> {
     pub fn is_empty(&self) -> bool {
         let Held { v4, v6, .. } = &self.held;
         v4.places.is_empty() && v4.networks.is_empty() && v6.places.is_empty() && v6.networks.is_empty()
+    }
+
+    /// How full the maps are: with what packets use now. A change needs room for what it brings beside that.
+    pub fn stores(&self) -> Vec<Store> {
+        usage(&self.held, &Limits::OBJECT)
     }
 
     /// Makes packets be judged by a goal, with one store when all is ready for it. Writes only what differs.

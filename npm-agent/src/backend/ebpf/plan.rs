@@ -27,6 +27,8 @@ use super::lower::{FamilyMaps, Isolated, Lowered, OfFamily};
 use content::Content;
 use family::{FamilyPlan, Wanted};
 
+use crate::backend::meter::Store;
+
 /// A step of a plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step<const W: usize> {
@@ -208,6 +210,25 @@ fn family<A: OfFamily, const W: usize>(content: &Content<W>, maps: &FamilyMaps<A
         networks: maps.networks.iter().map(|(prefix, bits)| (*prefix, content.row(bits))).collect(),
         pairs: maps.pairs.iter().map(|(pair, bits)| (*pair, content.row(bits))).collect(),
     }
+}
+
+/// How much of each map the half in use leads to.
+pub fn usage<const W: usize>(held: &Held<W>, limits: &Limits) -> Vec<Store> {
+    let content::Usage { policies, segments, rows } = content::usage(held);
+    let store = |name, used, limit: usize| Store { name, used: used as u64, limit: limit as u64 };
+    let limit = |limit: u32| limit as usize;
+    // Of policies and rows the first is nobody's.
+    vec![
+        store("pods_ipv4", held.v4.places.len(), limit(limits.records)),
+        store("pods_ipv6", held.v6.places.len(), limit(limits.records)),
+        store("networks_ipv4", held.v4.networks.len(), limit(limits.networks)),
+        store("networks_ipv6", held.v6.networks.len(), limit(limits.networks)),
+        store("named_ports_ipv4", held.v4.pairs.len(), limit(limits.pairs)),
+        store("named_ports_ipv6", held.v6.pairs.len(), limit(limits.pairs)),
+        store("policies", policies, limit(limits.policies) - 1),
+        store("segments", segments, limit(limits.segments)),
+        store("rows", rows, limit(limits.rows) - 1),
+    ]
 }
 
 /// What maps that were empty hold after a plan: how the tests and the words see a goal's maps.

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use npm_policy::goal::Family;
 
 use super::BackendError;
+use super::meter::Counts;
 use super::state::{Name, Set, State};
 use super::text::{self, Unreadable};
 use super::variant::Variant;
@@ -47,20 +48,35 @@ pub fn held_sets(tools: &Tools) -> Result<BTreeSet<Name>, BackendError> {
 /// # Errors
 /// The tool could not be run, or printed what it is not known to print.
 pub fn state(tools: &Tools, variant: Variant, family: Family, sets: &Sets) -> Result<State, BackendError> {
+    Ok(state_and_counts(tools, variant, family, sets)?.0)
+}
+
+/// Reads one family's state in one variant, and how often its rules were met.
+///
+/// # Errors
+/// As [`state`].
+pub fn state_and_counts(
+    tools: &Tools,
+    variant: Variant,
+    family: Family,
+    sets: &Sets,
+) -> Result<(State, Counts), BackendError> {
     let program = variant.save(family);
-    let saved = tools.run(&program, &["-t", "filter"], "")?;
+    let saved = tools.run(&program, &["-c", "-t", "filter"], "")?;
     // Exit status 0, and not one rule: somebody wrote rules with nft that iptables can't express.
     if let Some(line) = saved.lines().find(|line| line.starts_with("# Table `filter' is incompatible")) {
         return Err(BackendError::Unreadable { program, detail: line.to_owned() });
     }
     let filter = text::parse_filter(family, &saved).map_err(|error| unreadable(&program, &error))?;
-    Ok(State {
+    let counts = Counts::of(&filter);
+    let state = State {
         family,
         sets: sets.get(&family).cloned().unwrap_or_default(),
         chains: filter.chains,
         forward: filter.forward,
         claimed: filter.claimed,
-    })
+    };
+    Ok((state, counts))
 }
 
 /// Reads what a variant that the node does not use holds of ours. A variant that is not installed holds nothing.

@@ -21,7 +21,7 @@ use super::state::{
 
 /// Every set may hold as many members as the type can (ipset's default of 65,536 is less than a large cluster's
 /// pods). It is a limit, not a size: an empty set takes no more memory for it.
-const MAX_MEMBERS: u32 = u32::MAX;
+pub(super) const MAX_MEMBERS: u32 = u32::MAX;
 
 /// A text that is not what the tool is known to print.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -44,9 +44,11 @@ pub struct Filter {
     pub claimed: BTreeSet<Name>,
     /// How many rules of whatever kind the table has.
     pub rules: usize,
+    /// How many packets each rule of our chains has met, in the order of the rules; empty where the text does not say.
+    pub packets: BTreeMap<Name, Vec<u64>>,
 }
 
-/// Reads what `iptables-save -t filter` or `ip6tables-save -t filter` prints.
+/// Reads what `iptables-save -t filter` or `ip6tables-save -t filter` prints, with `-c` or without.
 ///
 /// # Errors
 /// A line is of no known form.
@@ -55,6 +57,7 @@ pub fn parse_filter(family: Family, text: &str) -> Result<Filter, Unreadable> {
     let mut forward = Vec::new();
     let mut claimed = BTreeSet::new();
     let mut rules = 0;
+    let mut packets: BTreeMap<Name, Vec<u64>> = BTreeMap::new();
     for (index, line) in text.lines().enumerate() {
         let unreadable = || Unreadable { line: index + 1, text: line.to_owned() };
         if line.is_empty() || line.starts_with(['#', '*']) || line == "COMMIT" {
@@ -67,6 +70,10 @@ pub fn parse_filter(family: Family, text: &str) -> Result<Filter, Unreadable> {
             }
             continue;
         }
+        let (met, line) = match line.strip_prefix('[') {
+            Some(rest) => rest.split_once("] ").ok_or_else(unreadable)?,
+            None => ("", line),
+        };
         let (chain, rule) = line
             .strip_prefix("-A ")
             .map(|rest| rest.split_once(' ').unwrap_or((rest, "")))
@@ -75,6 +82,9 @@ pub fn parse_filter(family: Family, text: &str) -> Result<Filter, Unreadable> {
         let rule = parse_line(family, rule);
         if layout::is_our_chain(chain) {
             chains.entry(chain.into()).or_default().push(rule);
+            // "[packets:bytes]".
+            let met: Option<u64> = met.split(':').next().and_then(|packets| packets.parse().ok());
+            packets.entry(chain.into()).or_default().extend(met);
             continue;
         }
         if chain != layout::FORWARD || !layout::is_our_jump(&rule) {
@@ -85,7 +95,7 @@ pub fn parse_filter(family: Family, text: &str) -> Result<Filter, Unreadable> {
         }
     }
     let chains = chains.into_iter().map(|(name, lines)| (name, Arc::new(lines))).collect();
-    Ok(Filter { chains, forward, claimed, rules })
+    Ok(Filter { chains, forward, claimed, rules, packets })
 }
 
 /// Reads one rule, without its `-A CHAIN`.

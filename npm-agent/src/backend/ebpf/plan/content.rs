@@ -57,6 +57,22 @@ pub(super) fn policies_in_use<const W: usize>(held: &Held<W>) -> BTreeSet<u32> {
     InUse::of(held).policies
 }
 
+/// How much the half in use leads to, without what is nobody's.
+pub(super) struct Usage {
+    pub(super) policies: usize,
+    pub(super) segments: usize,
+    pub(super) rows: usize,
+}
+
+pub(super) fn usage<const W: usize>(held: &Held<W>) -> Usage {
+    let used = InUse::of(held);
+    Usage {
+        policies: used.policies.len() - 1,
+        segments: used.runs.iter().map(|(_, length)| *length as usize).sum(),
+        rows: used.rows.len() - 1,
+    }
+}
+
 /// What tells a policy from others: the row of the rest, whether it names pairs, its segments.
 type PolicyKey = (u32, u32, Vec<(u32, u32, u32)>);
 

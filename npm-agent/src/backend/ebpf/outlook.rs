@@ -1,0 +1,97 @@
+//! What the backend knows of itself that lets traffic escape judgement, for the board: interfaces without the program,
+//! programs of others in front of it, connections that are not tracked.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::escape::{Board, Escape, Origin};
+use crate::interfaces::Index;
+
+/// What is known now, and where it is told.
+#[derive(Default)]
+pub(super) struct Outlook {
+    board: Option<Board>,
+    /// Interfaces that have refused the program.
+    without: BTreeMap<Index, Escape>,
+    /// Those where it is not the first.
+    before: BTreeMap<Index, BTreeSet<Escape>>,
+    /// What was found of the rules that track connections when they were last looked at.
+    tracking: BTreeSet<Escape>,
+}
+
+impl Outlook {
+    pub(super) fn report_to(&mut self, board: Board) {
+        self.board = Some(board);
+    }
+
+    /// An interface has the program, and these programs before it.
+    pub(super) fn attached(&mut self, index: Index, name: &str, before: impl IntoIterator<Item = String>) {
+        self.without.remove(&index);
+        let before: BTreeSet<Escape> = before
+            .into_iter()
+            .map(|program| Escape::ProgramBefore { interface: name.to_owned(), program })
+            .collect();
+        self.before.insert(index, before);
+    }
+
+    /// An interface has refused the program.
+    pub(super) fn refused(&mut self, index: Index, name: &str, reason: String) {
+        self.without.insert(index, Escape::WithoutProgram { interface: name.to_owned(), reason });
+        self.before.remove(&index);
+    }
+
+    /// An interface is gone, or is not to have the program.
+    pub(super) fn forget(&mut self, index: Index) {
+        let was_without = self.without.remove(&index).is_some();
+        let had_others = self.before.remove(&index).is_some_and(|before| !before.is_empty());
+        if was_without || had_others {
+            self.tell();
+        }
+    }
+
+    pub(super) fn tracking(&mut self, found: BTreeSet<Escape>) {
+        self.tracking = found;
+    }
+
+    /// Nothing is judged any more, so nothing escapes.
+    pub(super) fn close(&mut self) {
+        *self = Self { board: self.board.take(), ..Self::default() };
+        self.tell();
+    }
+
+    /// Puts on the board what is known. An interface that comes and goes at once refuses the program for a moment, so what
+    /// is known is told after a look at all of them.
+    pub(super) fn tell(&self) {
+        if let Some(board) = &self.board {
+            let all = self.without.values().chain(self.before.values().flatten()).chain(&self.tracking);
+            board.replace(Origin::Backend, all.cloned().collect());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::escape::{Effect, Engine};
+
+    #[test]
+    fn what_is_told_is_what_is_so_now() {
+        let board = Board::new(Engine::Ebpf).unwrap();
+        let names = || -> Vec<(Effect, &str)> {
+            board.current().iter().map(|(effect, escape)| (*effect, escape.name())).collect()
+        };
+        let mut outlook = Outlook::default();
+        outlook.report_to(board.clone());
+        outlook.refused(Index(3), "eth0", "no".to_owned());
+        assert_eq!(names(), [], "until all were looked at");
+        outlook.attached(Index(4), "eth1", ["other".to_owned()]);
+        outlook.tell();
+        assert_eq!(names(), [(Effect::Unjudged, "without-program"), (Effect::Unknown, "program-before")]);
+        outlook.attached(Index(3), "eth0", []);
+        outlook.forget(Index(4));
+        assert_eq!(names(), []);
+        outlook.refused(Index(5), "eth2", "no".to_owned());
+        outlook.tell();
+        outlook.close();
+        assert_eq!(names(), []);
+    }
+}
