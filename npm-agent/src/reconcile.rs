@@ -177,6 +177,11 @@ impl Reconcile {
         Self { log, ..self }
     }
 
+    /// The same with goals that name the addresses of all pods of the node: for backends that hold back others.
+    pub fn with_locals(self) -> Self {
+        Self { compiler: self.compiler.with_locals(), ..self }
+    }
+
     /// Runs the loop on a thread of its own, which lasts until the source has gone or the process ends: compiling a
     /// large change must not hold up signals and sockets.
     ///
@@ -299,7 +304,11 @@ impl Reconcile {
     /// the source has read everything.
     fn publish(&mut self) {
         let is_complete = self.sync == Sync::Done;
-        let goal = self.compiler.goal();
+        let mut goal = self.compiler.goal();
+        if !is_complete {
+            // Who is missing here may run all the same, and is not to be held back for that.
+            goal.locals = None;
+        }
         let generation = match &self.published {
             Some(published) if published.goal == goal => {
                 // It may have been held back until now.
@@ -312,7 +321,7 @@ impl Reconcile {
             Some(published) => published.generation + 1,
             None => 1,
         };
-        let Goal { sets, programs, subjects } = &goal;
+        let Goal { sets, programs, subjects, locals: _ } = &goal;
         debug!(
             generation,
             sets = sets.len(),

@@ -149,6 +149,17 @@ fn assert_equal(compiler: &Compiler, node: &str, step: usize) -> Result<(), Test
 
 #[test]
 fn incremental_equals_full_after_every_change() {
+    check("incremental = full, with the node's addresses", 500, sequence(1..60), |changes| {
+        let mut compiler = Compiler::new(NODES[0]).with_locals();
+        for (step, change) in changes.into_iter().enumerate() {
+            let (goal, writes) = (compiler.goal(), compiler.writes());
+            compiler.apply([change]);
+            let locals = compiler.world().local_addresses(NODES[0]);
+            prop_assert_eq!(&compiler.goal().locals, &Some(locals), "change {}", step);
+            prop_assert!(goal == compiler.goal() || writes < compiler.writes(), "unnoticed: change {}", step);
+        }
+        Ok(())
+    });
     check("incremental = full", 1500, sequence(1..60), |changes| {
         let mut compiler = Compiler::new(NODES[0]);
         for (step, change) in changes.into_iter().enumerate() {

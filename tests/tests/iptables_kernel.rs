@@ -507,6 +507,7 @@ fn wide_goal(addresses: impl Iterator<Item = u32>) -> Goal {
         ]),
         programs: OrdMap::from_iter([(PolicyKey::new("x", "p"), std::sync::Arc::new(program))]),
         subjects: OrdMap::from_iter([(PodKey::new("x", "a"), BTreeSet::from([local]))]),
+        locals: None,
     }
 }
 

@@ -25,6 +25,9 @@ pub struct Goal {
     /// The pods of this node that some program selects, with the addresses they hold. A pod always reaches itself:
     /// a flow between two addresses of one subject is allowed.
     pub subjects: OrdMap<PodKey, BTreeSet<IpAddr>>,
+    /// The addresses that pods of this node hold, whether a policy selects them or not. No verdict depends on them: they
+    /// are for who holds back what is not known yet. `None`: nobody asks, or not all of the cluster is known.
+    pub locals: Option<OrdSet<IpAddr>>,
 }
 
 /// One policy, compiled. It depends on the policy alone, never on which pods there are.

@@ -8,6 +8,8 @@ use std::net::IpAddr;
 use std::ops::Bound;
 use std::sync::Arc;
 
+use imbl::OrdSet;
+
 use crate::model::{Labels, Namespace, Pod, PodKey, PodNetwork, PodPhase, Policy, PolicyKey};
 
 /// One object as it is from now on; `None`: it is gone.
@@ -195,6 +197,12 @@ impl World {
         }
         let holds = |address: &&IpAddr| self.holder(**address).is_some_and(|holder| holder.key == pod.key);
         pod.addresses.iter().filter(holds).copied().collect()
+    }
+
+    /// The addresses that pods of a node hold: the definition of [`crate::goal::Goal::locals`].
+    pub fn local_addresses(&self, node: &str) -> OrdSet<IpAddr> {
+        let local = self.pods().filter(|pod| pod.node.as_deref() == Some(node));
+        local.flat_map(|pod| self.addresses_held(pod)).collect()
     }
 
     /// The addresses that more than one pod claims.

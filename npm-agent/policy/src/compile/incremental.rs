@@ -12,6 +12,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use imbl::OrdSet;
+
 use super::anchor::AnchorIndex;
 use super::census::{Census, Counter};
 use super::contribution::{View, contribution};
@@ -83,6 +85,12 @@ impl Compiler {
             operations: 0,
             writes: 0,
         }
+    }
+
+    /// The same, with [`Goal::locals`] kept up to date as well. It is for a compiler that has seen no changes yet.
+    pub fn with_locals(mut self) -> Self {
+        self.goal.locals = Some(OrdSet::new());
+        self
     }
 
     /// Takes in changes, in order.
@@ -180,8 +188,27 @@ impl Compiler {
             .collect();
         self.counter.move_members(&transitions);
         self.move_members(&transitions);
+        self.move_locals(&transitions);
         for transition in &transitions {
             self.move_subject(transition);
+        }
+    }
+
+    /// Brings the addresses of this node's pods up to date, deletions first: an address may go from one pod to another.
+    fn move_locals(&mut self, transitions: &[Transition]) {
+        let Some(locals) = &mut self.goal.locals else { return };
+        let held = |view: &Option<View>| -> BTreeSet<IpAddr> {
+            view.iter().filter(|view| view.local).flat_map(|view| view.held.iter().copied()).collect()
+        };
+        let before: BTreeSet<IpAddr> = transitions.iter().flat_map(|pod| held(&pod.before)).collect();
+        let after: BTreeSet<IpAddr> = transitions.iter().flat_map(|pod| held(&pod.after)).collect();
+        for address in before.difference(&after) {
+            locals.remove(address);
+            self.writes += 1;
+        }
+        for address in after.difference(&before) {
+            locals.insert(*address);
+            self.writes += 1;
         }
     }
 
