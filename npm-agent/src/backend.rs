@@ -2,6 +2,7 @@
 
 pub mod cut;
 pub mod ebpf;
+pub mod hold;
 pub mod iptables;
 pub mod meter;
 pub mod succession;

@@ -18,9 +18,10 @@ use npm_common::mark::ProofBit;
 use self::duration::parse_duration;
 use self::file::{File, Notice};
 use self::value::{
-    BackendKind, ChainPlacement, DebugAccess, DeniedConnections, IptablesVariant, LogDenied, LogFormat, LogLevel,
-    Scraping, SourceKind,
+    BackendKind, ChainPlacement, DebugAccess, DeniedConnections, IptablesVariant, LogDenied, LogFormat,
+    LogLevel, PodStartup, Scraping, SourceKind,
 };
+use crate::interfaces::pods::PodInterfaces;
 use crate::interfaces::select::Selection;
 
 /// Where a config file is looked for when none is named: where Azure NPM's DaemonSet mounts its ConfigMap, then
@@ -171,6 +172,24 @@ pub struct Flags {
     #[arg(long, env = "NPM_LOG_DENIED", value_name = "WHAT")]
     pub log_denied: Option<LogDenied>,
 
+    /// What becomes of a new pod's traffic before its policies are programmed: allow or hold
+    ///
+    /// hold: behind --pod-interfaces, an address that is not known to be a pod's of this node, with its policies
+    /// programmed, reaches its own node only, and only the node reaches it; also while no agent runs. [default: allow]
+    #[arg(long, env = "NPM_POD_STARTUP", value_name = "WHAT")]
+    pub pod_startup: Option<PodStartup>,
+
+    /// The interfaces that lead to pods, for --pod-startup hold: names, with commas between them
+    ///
+    /// A `*` at the end of a name stands for whatever follows. [default: azv*,cali*,veth*,cbr0,cni0]
+    #[arg(
+        long,
+        env = "NPM_POD_INTERFACES",
+        value_name = "NAMES",
+        value_parser = value::parse_pod_interfaces
+    )]
+    pub pod_interfaces: Option<PodInterfaces>,
+
     /// How often to read back the kernel's state and repair what others changed
     ///
     /// A number with a unit: 500ms, 30s, 5m, 1h; at least 100ms. [default: 30s]
@@ -221,6 +240,10 @@ pub struct Settings {
     pub denied_connections: DeniedConnections,
     /// Whether denied flows are logged.
     pub log_denied: LogDenied,
+    /// What becomes of a pod's traffic before its policies are programmed.
+    pub pod_startup: PodStartup,
+    /// Which interfaces lead to pods.
+    pub pod_interfaces: PodInterfaces,
     /// The time between two read-backs.
     pub verify_interval: Duration,
     /// Which log records to write.
@@ -320,6 +343,8 @@ impl Settings {
             proof: flags.proof_bit.or(file.proof).unwrap_or_default(),
             denied_connections: flags.denied_connections.or(file.denied_connections).unwrap_or_default(),
             log_denied: flags.log_denied.or(file.log_denied).unwrap_or_default(),
+            pod_startup: flags.pod_startup.or(file.pod_startup).unwrap_or_default(),
+            pod_interfaces: flags.pod_interfaces.or(file.pod_interfaces).unwrap_or_default(),
             verify_interval: flags
                 .verify_interval
                 .or(file.verify_interval)

@@ -9,6 +9,7 @@
 
 pub mod follow;
 mod message;
+pub mod pods;
 pub mod select;
 
 use std::collections::BTreeSet;

@@ -13,15 +13,16 @@ use npm_policy::goal::Family;
 
 use crate::backend::cut::Cutting;
 use crate::backend::ebpf::choice::{Choice, Drops};
+use crate::backend::hold::Holding;
 use crate::backend::iptables::layout::{Established, Placement};
 use crate::backend::iptables::render::Form;
 use crate::backend::iptables::variant::{self, Variant};
 use crate::backend::iptables::{Iptables, Options};
-use crate::backend::succession::Succession;
-use crate::backend::{Backend, BackendError, Removed, ebpf};
+use crate::backend::succession::{Release, Succession};
+use crate::backend::{Backend, BackendError, Removed, ebpf, hold};
 use crate::config::file::PLACED_BEHIND;
 use crate::config::value::{
-    BackendKind, ChainPlacement, DeniedConnections, IptablesVariant, LogDenied, Scraping,
+    BackendKind, ChainPlacement, DeniedConnections, IptablesVariant, LogDenied, PodStartup, Scraping,
 };
 use crate::config::{Flags, HostNames, Settings, Source};
 use crate::denied::Log;
@@ -89,15 +90,7 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
         LogDenied::Never => None,
         LogDenied::Flows => Some(Log::default()),
     };
-    let backend = match settings.backend {
-        BackendKind::Iptables => {
-            Box::new(Succession::new(iptables_that_cuts(settings)?, Box::new(remove_pinned)))
-        }
-        BackendKind::Ebpf => {
-            let backend = ebpf(settings, &board, log.clone())?;
-            Box::new(Succession::new(backend, Box::new(remove_rules)))
-        }
-    };
+    let backend = backend(settings, &board, log.clone())?;
     // From here on signals end the agent in order.
     let _context = runtime.enter();
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
@@ -122,11 +115,13 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
         known_differences: known_differences(settings),
     };
     let channels = Channels { events: events_end, refresh, asks: asks_end };
-    let ended = Reconcile::new(identity, vec![worker.clone()], Arc::clone(&metrics))
-        .with_board(board)
-        .with_log(log)
-        .start(channels)
-        .context("starting the reconcile thread")?;
+    let reconcile =
+        Reconcile::new(identity, vec![worker.clone()], Arc::clone(&metrics)).with_board(board).with_log(log);
+    let reconcile = match settings.pod_startup {
+        PodStartup::Allow => reconcile,
+        PodStartup::Hold => reconcile.with_locals(),
+    };
+    let ended = reconcile.start(channels).context("starting the reconcile thread")?;
     let source = source(settings.source.clone(), events, refresh_end);
     runtime.spawn(server.serve(asks.clone()));
     if let Some(address) = settings.listening {
@@ -155,6 +150,31 @@ fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
         warn!("the backend is still at work; the next start goes on from there");
     }
     outcome
+}
+
+/// The backend that `settings` ask for, with what is around it.
+fn backend(settings: &Settings, board: &Board, log: Option<Log>) -> anyhow::Result<Box<dyn Backend>> {
+    let (judging, mut release): (_, Release) = match settings.backend {
+        BackendKind::Iptables => (iptables_that_cuts(settings)?, Box::new(remove_pinned)),
+        BackendKind::Ebpf => (ebpf(settings, board, log)?, Box::new(remove_rules)),
+    };
+    match settings.pod_startup {
+        PodStartup::Allow => {
+            // An agent before may have held pods: they are let go when this one has programmed everything.
+            let release_all = move || {
+                let Removed { sets, chains, rules } = hold::release(&Tools::default())?;
+                Ok(release()? + sets + chains + rules)
+            };
+            Ok(Box::new(Succession::new(judging, Box::new(release_all))))
+        }
+        PodStartup::Hold => {
+            let (interfaces, variant) =
+                (settings.pod_interfaces.clone(), variant_of(settings.iptables_variant));
+            let holding = Holding::new(judging, interfaces, variant, Tools::default());
+            let holding = holding.context("pod-startup hold, which needs iptables and ipset")?;
+            Ok(Box::new(Succession::new(Box::new(holding), release)))
+        }
+    }
 }
 
 /// What the source does until it ends, which it does not by itself.
@@ -238,12 +258,16 @@ fn remove_rules() -> Result<usize, BackendError> {
 
 /// The programs of the node's iptables, for the rule that makes the kernel track connections.
 fn tracking(variant: IptablesVariant) -> Vec<ebpf::rule::Iptables> {
-    let variant = match variant {
-        IptablesVariant::Auto => Variant::detect(&Tools::default()),
-        IptablesVariant::Nft => Variant::Nft,
-        IptablesVariant::Legacy => Variant::Legacy,
-    };
-    tracking_with(variant)
+    tracking_with(variant_of(variant).unwrap_or_else(|| Variant::detect(&Tools::default())))
+}
+
+/// The variant that is asked for; `None`: the node's.
+fn variant_of(variant: IptablesVariant) -> Option<Variant> {
+    match variant {
+        IptablesVariant::Auto => None,
+        IptablesVariant::Nft => Some(Variant::Nft),
+        IptablesVariant::Legacy => Some(Variant::Legacy),
+    }
 }
 
 fn tracking_with(variant: Variant) -> Vec<ebpf::rule::Iptables> {
@@ -286,11 +310,7 @@ fn iptables_that_cuts(settings: &Settings) -> anyhow::Result<Box<dyn Backend>> {
 }
 
 fn iptables(variant: IptablesVariant, placement: ChainPlacement, form: Form) -> anyhow::Result<Iptables> {
-    let variant = match variant {
-        IptablesVariant::Auto => None,
-        IptablesVariant::Nft => Some(Variant::Nft),
-        IptablesVariant::Legacy => Some(Variant::Legacy),
-    };
+    let variant = variant_of(variant);
     let placement = match placement {
         ChainPlacement::First => Placement::First,
         ChainPlacement::AfterKubeServices => Placement::AfterServices,

@@ -4,6 +4,8 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 
+use crate::backend::hold;
+use crate::exec::Tools;
 use crate::{lock, run};
 
 /// Remove everything that npm-agent (or Azure NPM) has programmed on this node, and nothing else
@@ -28,7 +30,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut backend = run::backend_for_cleanup()?;
     // First: while the programs enforce, the rule that they need is among what iptables has of ours.
     let pinned = run::remove_pinned().context("removing eBPF programs and maps")?;
-    let removed = backend.remove().context("removing what npm-agent has programmed")?;
+    let mut removed = backend.remove().context("removing what npm-agent has programmed")?;
+    // Last: who is held until then meets no rule afterwards.
+    let held = hold::release(&Tools::default()).context("removing what holds pods back")?;
+    (removed.sets, removed.chains) = (removed.sets + held.sets, removed.chains + held.chains);
     super::print(&format!(
         "removed {} sets, {} chains, {} rules in chains of others, {pinned} eBPF objects\n",
         removed.sets, removed.chains, removed.rules

@@ -11,10 +11,11 @@ use serde_json::{Map, Value};
 
 use super::keys::{KEYS, Key, Kind, Meaning, PARENTS, Setting};
 use super::value::{
-    BackendKind, ChainPlacement, DebugAccess, DeniedConnections, IptablesVariant, LogDenied, LogFormat, LogLevel,
-    Scraping, SourceKind, ValueError,
+    BackendKind, ChainPlacement, DebugAccess, DeniedConnections, IptablesVariant, LogDenied, LogFormat,
+    LogLevel, PodStartup, Scraping, SourceKind, ValueError,
 };
 use super::{ConfigError, parse_verify_interval, parse_watch_timeout, value};
+use crate::interfaces::pods::PodInterfaces;
 use crate::interfaces::select::Selection;
 
 /// What a config file says; `None` where it says nothing.
@@ -58,6 +59,10 @@ pub struct File {
     pub denied_connections: Option<DeniedConnections>,
     /// `LogDenied`.
     pub log_denied: Option<LogDenied>,
+    /// `PodStartup`.
+    pub pod_startup: Option<PodStartup>,
+    /// `PodInterfaces`.
+    pub pod_interfaces: Option<PodInterfaces>,
     /// `VerifyInterval`.
     pub verify_interval: Option<Duration>,
     /// `LogLevel`.
@@ -200,6 +205,10 @@ impl Reader<'_> {
             Setting::LogDenied => self.file.log_denied = Some(self.parsed(name, value, str::parse)?),
             Setting::DeniedConnections => {
                 self.file.denied_connections = Some(self.parsed(name, value, str::parse)?);
+            }
+            Setting::PodStartup => self.file.pod_startup = Some(self.parsed(name, value, str::parse)?),
+            Setting::PodInterfaces => {
+                self.file.pod_interfaces = Some(self.parsed(name, value, value::parse_pod_interfaces)?);
             }
             Setting::VerifyInterval => {
                 self.file.verify_interval = Some(self.parsed(name, value, parse_verify_interval)?);

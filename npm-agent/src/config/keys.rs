@@ -66,6 +66,10 @@ pub enum Setting {
     DeniedConnections,
     /// `--log-denied`.
     LogDenied,
+    /// `--pod-startup`.
+    PodStartup,
+    /// `--pod-interfaces`.
+    PodInterfaces,
     /// `--verify-interval`.
     VerifyInterval,
     /// `--log-level`.
@@ -97,6 +101,8 @@ impl Setting {
             Self::ProofBit => Some("proof-bit"),
             Self::DeniedConnections => Some("denied-connections"),
             Self::LogDenied => Some("log-denied"),
+            Self::PodStartup => Some("pod-startup"),
+            Self::PodInterfaces => Some("pod-interfaces"),
             Self::VerifyInterval => Some("verify-interval"),
             Self::LogLevel => Some("log-level"),
             Self::LogFormat => Some("log-format"),
@@ -177,6 +183,8 @@ pub const KEYS: &[Key] = &[
     setting("ProofBit", Setting::ProofBit),
     setting("DeniedConnections", Setting::DeniedConnections),
     setting("LogDenied", Setting::LogDenied),
+    setting("PodStartup", Setting::PodStartup),
+    setting("PodInterfaces", Setting::PodInterfaces),
     setting("VerifyInterval", Setting::VerifyInterval),
     setting("LogFormat", Setting::LogFormat),
 ];

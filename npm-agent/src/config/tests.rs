@@ -43,6 +43,8 @@ fn nothing_said_gives_the_defaults() {
         proof: ProofBit::DEFAULT,
         denied_connections: DeniedConnections::Keep,
         log_denied: LogDenied::Never,
+        pod_startup: PodStartup::Allow,
+        pod_interfaces: PodInterfaces::default(),
         verify_interval: Duration::from_secs(30),
         log_level: LogLevel::Info,
         log_format: LogFormat::Auto,
@@ -70,7 +72,7 @@ fn null_is_absent() {
 fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
     let text = r#"{"Backend": "iptables", "Source": "manifests", "Manifests": "dir", "Node": "n1", "Instance": "i1",
         "ListeningAddress": "::1", "ListeningPort": 9000, "Kubeconfig": "kc", "WatchTimeout": "9s",
-        "Socket": "s1", "IptablesVariant": "nft", "VerifyInterval": "5s", "ProofBit": "0x20", "DeniedConnections": "Cut", "LogDenied": "Flows", "ExcludeInterfaces": "docker*, mgmt0", "LogLevel": "Debug", "LogFormat": "json",
+        "Socket": "s1", "IptablesVariant": "nft", "VerifyInterval": "5s", "ProofBit": "0x20", "DeniedConnections": "Cut", "LogDenied": "Flows", "PodStartup": "Hold", "PodInterfaces": "gke*", "ExcludeInterfaces": "docker*, mgmt0", "LogLevel": "Debug", "LogFormat": "json",
          "DebugAccess": "anyone",
          "Toggles": {"PlaceAzureChainFirst": true, "EnablePrometheusMetrics": false, "EnableHTTPDebugAPI": false}}"#;
     let settings = Settings::resolve(Flags::default(), file(text).unwrap(), None, &host()).unwrap();
@@ -89,6 +91,8 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         proof: ProofBit::new(0x20).unwrap(),
         denied_connections: DeniedConnections::Cut,
         log_denied: LogDenied::Flows,
+        pod_startup: PodStartup::Hold,
+        pod_interfaces: "gke*".parse().unwrap(),
         verify_interval: Duration::from_secs(5),
         log_level: LogLevel::Debug,
         log_format: LogFormat::Json,
@@ -115,6 +119,8 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         proof_bit: ProofBit::new(0x40),
         denied_connections: Some(DeniedConnections::Keep),
         log_denied: Some(LogDenied::Never),
+        pod_startup: Some(PodStartup::Allow),
+        pod_interfaces: Some("eni*,br0".parse().unwrap()),
         verify_interval: Some(Duration::from_secs(7)),
         log_level: Some(LogLevel::Trace),
         log_format: Some(LogFormat::Human),
@@ -132,6 +138,8 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
         proof: ProofBit::new(0x40).unwrap(),
         denied_connections: DeniedConnections::Keep,
         log_denied: LogDenied::Never,
+        pod_startup: PodStartup::Allow,
+        pod_interfaces: "eni*,br0".parse().unwrap(),
         verify_interval: Duration::from_secs(7),
         log_level: LogLevel::Trace,
         log_format: LogFormat::Human,
@@ -279,6 +287,11 @@ fn what_cannot_be_meant_is_an_error_that_names_the_key() {
              and 0xc000 (kube-proxy's) are taken by packet marks",
         ),
         (r#"{"ProofBit": 16777216}"#, "config file npm.json: ProofBit must be a string, not 16777216"),
+        (r#"{"PodStartup": "wait"}"#, r#"config file npm.json: PodStartup: "wait" is none of allow, hold"#),
+        (
+            r#"{"PodInterfaces": "*"}"#,
+            r#"config file npm.json: PodInterfaces: "*" does not say which interfaces lead to pods: a name, or the beginning of one, is needed"#,
+        ),
         (r#"{"Socket": ""}"#, "config file npm.json: Socket: an empty path"),
         (
             r#"{"Node": "a", "node": "b"}"#,

@@ -9,6 +9,7 @@ use std::time::Duration;
 use npm_common::mark::ProofBit;
 use tracing::Level;
 
+use crate::interfaces::pods::{PodInterfaceError, PodInterfaces};
 use crate::interfaces::select::{PatternError, Selection};
 
 /// Makes an enum of named values; the first is the default. Names are read without regard to case, as Azure NPM's
@@ -142,6 +143,17 @@ choice! {
 }
 
 choice! {
+    /// What becomes of a pod's traffic before its policies are programmed.
+    PodStartup {
+        /// It passes, as with Azure NPM.
+        Allow = "allow",
+        /// It is held back.
+        Hold = "hold",
+    }
+    refused {}
+}
+
+choice! {
     /// How logs look.
     LogFormat {
         /// For people on a terminal, for machines otherwise.
@@ -215,6 +227,14 @@ pub fn parse_interfaces(text: &str) -> Result<Selection, ValueError> {
     text.parse().map_err(ValueError::Pattern)
 }
 
+/// Reads which interfaces lead to pods.
+///
+/// # Errors
+/// One of them is no name, or could be any.
+pub fn parse_pod_interfaces(text: &str) -> Result<PodInterfaces, ValueError> {
+    text.parse().map_err(ValueError::PodInterface)
+}
+
 /// Reads a bit of the connection mark: `0x1000000`, or `16777216`.
 ///
 /// # Errors
@@ -286,6 +306,9 @@ pub enum ValueError {
     /// No pattern of interface names.
     #[error(transparent)]
     Pattern(PatternError),
+    /// No names of interfaces that lead to pods.
+    #[error(transparent)]
+    PodInterface(PodInterfaceError),
     /// No bit that could be the proof.
     #[error(
         "{text:?} is not one bit of a connection mark, as 0x1000000; 0xe00 (ours) and 0xc000 (kube-proxy's) are taken \
