@@ -12,6 +12,7 @@
 //! in one ends that one only, and our DROP holds in either.
 
 mod board;
+mod held;
 mod ingress;
 mod ipsec;
 mod ipvs;
@@ -108,6 +109,13 @@ pub enum Escape {
         interface: String,
         /// The program, as the kernel names it.
         program: String,
+    },
+    /// Pods are to be held until they are programmed, and no pod of the node is behind an interface that would be.
+    NotHeld {
+        /// Where the node's route to one of them leads.
+        interface: String,
+        /// How many addresses of pods the node has.
+        pods: usize,
     },
     /// Something could not be looked at.
     Unknown {
@@ -212,7 +220,7 @@ impl fmt::Display for Effect {
 
 impl Escape {
     /// Every [`Escape::name`].
-    pub const NAMES: [&'static str; 11] = [
+    pub const NAMES: [&'static str; 12] = [
         "bridged",
         "conntrack-rule-gone",
         "ipvs",
@@ -223,6 +231,7 @@ impl Escape {
         "ingress-filter",
         "without-program",
         "program-before",
+        "not-held",
         "unknown",
     ];
 
@@ -239,6 +248,7 @@ impl Escape {
             Self::IngressFilter { .. } => "ingress-filter",
             Self::WithoutProgram { .. } => "without-program",
             Self::ProgramBefore { .. } => "program-before",
+            Self::NotHeld { .. } => "not-held",
             Self::Unknown { .. } => "unknown",
         }
     }
@@ -277,6 +287,8 @@ impl Escape {
             (Self::WithoutProgram { .. }, Engine::Ebpf) => Effect::Unjudged,
             // It may end the packet's way through the programs, or not.
             (Self::ProgramBefore { .. }, Engine::Ebpf) => Effect::Unknown,
+            // Pods that are programmed are judged; new ones are open until they are, as without the setting.
+            (Self::NotHeld { .. }, Engine::Iptables | Engine::Ebpf) => Effect::Unknown,
             (Self::Unknown { .. }, Engine::Iptables | Engine::Ebpf) => Effect::Unknown,
         }
     }
@@ -303,6 +315,7 @@ impl Escape {
             }
             Self::WithoutProgram { .. } => "see the reason; the agent tries again",
             Self::ProgramBefore { .. } => "find out what the program does; have it run after ours",
+            Self::NotHeld { .. } => "name the interfaces that lead to pods in --pod-interfaces",
             Self::Unknown { .. } => "see the reason; the agent tries again",
         }
     }
@@ -368,6 +381,11 @@ impl fmt::Display for Escape {
             Self::ProgramBefore { interface, program } => {
                 write!(f, "program {program} runs before ours on interface {interface}")
             }
+            Self::NotHeld { interface, pods } => write!(
+                f,
+                "new pods are not held: of {pods} addresses of pods none is behind an interface of --pod-interfaces, \
+                 but as {interface}"
+            ),
             Self::Unknown { subject, reason } => write!(f, "cannot look at {subject}: {reason}"),
         }
     }
@@ -399,6 +417,7 @@ mod tests {
             Escape::IngressFilter { interface: "eth0".to_owned(), filters: "u32".to_owned() },
             Escape::WithoutProgram { interface: "eth0".to_owned(), reason: "refused".to_owned() },
             Escape::ProgramBefore { interface: "eth0".to_owned(), program: "cil_to_netdev".to_owned() },
+            Escape::NotHeld { interface: "gke12ab".to_owned(), pods: 3 },
             Escape::Unknown { subject: Subject::Nftables, reason: "not permitted".to_owned() },
         ]
     }
@@ -422,13 +441,16 @@ mod tests {
         let effects = |engine| one_of_each().iter().map(|escape| escape.effect(engine)).collect::<Vec<_>>();
         assert_eq!(
             effects(Engine::Iptables),
-            [Unjudged, Unjudged, Unjudged, None, None, Stricter, Stricter, Unknown, None, None, Unknown]
+            [
+                Unjudged, Unjudged, Unjudged, None, None, Stricter, Stricter, Unknown, None, None, Unknown,
+                Unknown
+            ]
         );
         assert_eq!(
             effects(Engine::Ebpf),
             [
                 Stricter, Stricter, Unknown, Unjudged, Unknown, Unknown, Stricter, Unknown, Unjudged,
-                Unknown, Unknown
+                Unknown, Unknown, Unknown
             ]
         );
         let nobody = Escape::Bridged { family: Family::V4, bridge: "docker0".to_owned(), pods: 0 };
@@ -439,8 +461,8 @@ mod tests {
 
     #[test]
     fn the_board_keeps_origins_apart_and_puts_the_worst_first() {
-        let board = Board::new(Engine::Ebpf).unwrap();
-        let [bridged, .., without, _, unknown] = <[Escape; 11]>::try_from(one_of_each()).unwrap();
+        let board = Board::new(Engine::Ebpf, None).unwrap();
+        let [bridged, .., without, _, _, unknown] = <[Escape; 12]>::try_from(one_of_each()).unwrap();
         board.replace(Origin::Node, [bridged.clone(), unknown.clone()].into());
         board.replace(Origin::Backend, [without.clone()].into());
         let known = |board: &Board| board.current().into_iter().map(|(_, escape)| escape).collect::<Vec<_>>();

@@ -321,7 +321,7 @@ impl Reconcile {
             Some(published) => published.generation + 1,
             None => 1,
         };
-        let Goal { sets, programs, subjects, locals: _ } = &goal;
+        let Goal { sets, programs, subjects, locals } = &goal;
         debug!(
             generation,
             sets = sets.len(),
@@ -330,6 +330,7 @@ impl Reconcile {
             "new goal"
         );
         if let Some(board) = &self.board {
+            board.locals(locals.clone().unwrap_or_default());
             board.protect(subjects.values().flatten().copied().collect());
         }
         let target = Target { generation, goal };

@@ -81,10 +81,15 @@ fn announce(settings: &Settings) {
 }
 
 fn start(settings: &Settings, runtime: &Runtime) -> anyhow::Result<()> {
-    let board = Board::new(match settings.backend {
+    let engine = match settings.backend {
         BackendKind::Iptables => Engine::Iptables,
         BackendKind::Ebpf => Engine::Ebpf,
-    });
+    };
+    let held = match settings.pod_startup {
+        PodStartup::Allow => None,
+        PodStartup::Hold => Some(settings.pod_interfaces.clone()),
+    };
+    let board = Board::new(engine, held);
     let board = board.context("making the list of what escapes judgement")?;
     let log = match settings.log_denied {
         LogDenied::Never => None,

@@ -2,6 +2,9 @@
 //! interface is there, whether an agent runs or not; and nobody else is held.
 #![forbid(unsafe_code)]
 
+#[path = "hold/order.rs"]
+mod order;
+
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::PathBuf;
@@ -431,6 +434,40 @@ fn nobody_is_held_before_the_source_was_read_whole() -> Result<()> {
         Ok(agent.status().is_ok_and(|status| status["source"]["unread"][0].is_string()))
     })?;
     stage.expect_held("another agent can't read everything")
+}
+
+/// A name in the configuration that fits nothing is no silent allow.
+#[test]
+fn names_that_fit_no_interface_are_told() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let mut stage =
+        Stage::build(Setup { backend: "iptables", dialect: Dialect::Nft, layout: Layout::Routed })?;
+    for (names, told) in
+        [("azv*", json!("not-held")), ("azv*,veth3", Value::Null), ("azv*,veth2", Value::Null)]
+    {
+        let mut settings = stage.settings("hold")?;
+        settings.more.extend(["--pod-interfaces", names, "--verify-interval", "200ms"].map(str::to_owned));
+        stage.write("fresh", &pod("fresh"))?;
+        stage.start_with(settings)?;
+        stage.wait()?;
+        stage.eventually(names, |stage| {
+            let status = stage.agent.as_ref().context("the agent runs")?.status()?;
+            let looked = status["backends"][0]["verifies"].as_u64() > Some(3);
+            let names = |escape: &Value| escape["name"] == json!("not-held");
+            let found = status["escapes"].as_array().is_some_and(|escapes| escapes.iter().any(names));
+            Ok(looked && found == told.is_string())
+        })?;
+        std::fs::remove_file(stage.file("fresh"))?;
+        stage.wait()?;
+        // Only who is behind an interface of the names is held.
+        let is_held = names.contains("veth3");
+        let outcome = if is_held { Outcome::Blocked } else { Outcome::Answered };
+        stage.expect(names, &[("fresh", "client", OPEN, outcome), ("world", "fresh", OPEN, outcome)])?;
+        stage.kill()?;
+    }
+    Ok(())
 }
 
 /// What others take out of the rules or the set is put back, and told.

@@ -5,10 +5,12 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use imbl::OrdSet;
 use rustix::event::{EventfdFlags, eventfd};
 use tracing::{error, info, warn};
 
 use super::{Effect, Engine, Escape};
+use crate::interfaces::pods::PodInterfaces;
 
 /// Who has found reasons.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,6 +30,8 @@ pub struct Board {
 #[derive(Debug)]
 struct Inner {
     engine: Engine,
+    /// Behind which interfaces pods are held until they are programmed; `None`: nowhere.
+    held: Option<PodInterfaces>,
     state: Mutex<State>,
     /// Written to when there is something new to look at.
     wake: OwnedFd,
@@ -37,16 +41,17 @@ struct Inner {
 struct State {
     found: BTreeMap<Origin, BTreeSet<Escape>>,
     protected: BTreeSet<IpAddr>,
+    locals: OrdSet<IpAddr>,
 }
 
 impl Board {
-    /// An empty board.
+    /// An empty board; `held` says behind which interfaces pods are held until they are programmed, if they are.
     ///
     /// # Errors
     /// The system has no file descriptors left.
-    pub fn new(engine: Engine) -> std::io::Result<Self> {
+    pub fn new(engine: Engine, held: Option<PodInterfaces>) -> std::io::Result<Self> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { inner: Arc::new(Inner { engine, state: Mutex::default(), wake }) })
+        Ok(Self { inner: Arc::new(Inner { engine, held, state: Mutex::default(), wake }) })
     }
 
     /// What judges on this node.
@@ -93,6 +98,17 @@ impl Board {
             // The look that is due anyway sees them.
             warn!(%error, "cannot wake who looks at the node");
         }
+    }
+
+    /// Says which addresses pods of this node hold: whether any of them is behind an interface that is held is looked at
+    /// when that is due.
+    pub fn locals(&self, addresses: OrdSet<IpAddr>) {
+        self.lock().locals = addresses;
+    }
+
+    /// Where pods are held, and which addresses [`Board::locals`] named last.
+    pub(super) fn held(&self) -> Option<(&PodInterfaces, OrdSet<IpAddr>)> {
+        Some((self.inner.held.as_ref()?, self.lock().locals.clone()))
     }
 
     /// What [`Board::protect`] said last.

@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags};
 use tracing::{debug, warn};
 
 use super::survey::survey;
-use super::{Board, Escape, Origin, Subject};
+use super::{Board, Escape, Origin, Subject, held};
 use crate::exec::Tools;
 use crate::interfaces::follow::{FollowError, Follower};
 use crate::netlink::any_readable;
@@ -70,6 +70,9 @@ impl Watch {
         let nothing = BTreeMap::new();
         let interfaces = self.follower.as_ref().map_or(&nothing, Follower::known);
         found.extend(survey(interfaces, &self.board.protected(), &self.tools));
+        if let Some((held, locals)) = self.board.held() {
+            found.extend(held::escapes(interfaces, held, &locals));
+        }
         let (reasons, duration) = (found.len(), start.elapsed());
         debug!(reasons, ?duration, interfaces = interfaces.len(), "looked at the node");
         self.board.replace(Origin::Node, found);
