@@ -10,8 +10,8 @@
 //! | `/readyz` | 200 when everything that was seen is enforced, else 503 with the reasons, a line each |
 //! | `/node-metrics`, `/cluster-metrics` | what was counted and measured, in Prometheus' text format |
 //! | `/` | the status page for those who may see it, else whether the agent is ready |
-//! | `/policies`, `/pods`, `/sets`, `/verdict`, ... | the rest of the status page: [`page`] |
-//! | `/debug/...`, `/npm/v1/debug/manager` | JSON: [`debug`] |
+//! | `/policies`, `/pods`, `/sets`, `/verdict`, ... | the rest of the status page |
+//! | `/debug/...`, `/npm/v1/debug/manager` | JSON for tools |
 
 mod access;
 mod debug;

@@ -172,14 +172,14 @@ fn every_variant_names_pods_ports_and_policies() -> Result<()> {
     for (index, choice) in Choice::every().enumerate() {
         // Each way to read and to prove with either width.
         let width = Width::BOTH[(index + index / 2) % 2];
-        let choice = &*choice.to_string();
-        let mut stage = Stage::build(choice, width)?;
+        let choice = choice.to_string();
+        let mut stage = Stage::build(&choice, width)?;
         assert_eq!(stage.probe("a", "b", |_| WEB)?, [Outcome::Answered; 2], "{choice}");
         assert_eq!(stage.probe("a", "b", |_| SHUT)?, [Outcome::Blocked; 2], "{choice}");
         assert_eq!(stage.probe("a", "b", Transport::echo)?, [Outcome::Blocked; 2], "{choice}");
         assert_eq!(stage.probe("a", "b", |_| UNTRACKED)?, [Outcome::Blocked; 2], "{choice}");
         assert_eq!(stage.probe("b", "a", |_| DNS)?, [Outcome::Blocked; 2], "{choice}");
-        let found = stage.lines(expected.len()).context(choice)?;
+        let found = stage.lines(expected.len()).with_context(|| choice.clone())?;
         assert_eq!(found, expected, "{choice}");
     }
     Ok(())

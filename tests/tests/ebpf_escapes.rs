@@ -47,7 +47,7 @@ impl Stage {
             selection: Selection::default(),
             proof: ProofBit::DEFAULT,
         };
-        let board = Board::new(Engine::Ebpf)?;
+        let board = Board::new(Engine::Ebpf, None)?;
         let backend = node.run(|| Ok(Ebpf::new(options)?.with_board(board.clone())))?;
         let goal = compile(&world(CLOSED)?, "node-a").0;
         Ok(Self { backend, board, goal, lab })

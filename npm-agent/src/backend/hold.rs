@@ -28,7 +28,7 @@ use npm_policy::goal::{Family, Goal};
 pub use self::gate::{CHAIN, set_name};
 use self::gate::{Gate, SetOp};
 use super::iptables::variant::{self, Variant};
-use super::{Applied, Backend, BackendError, Removed, Write, Written};
+use super::{Applied, Backend, BackendError, Meter, Removed, Write, Written};
 use crate::exec::Tools;
 use crate::interfaces::pods::PodInterfaces;
 
@@ -287,6 +287,10 @@ impl Backend for Holding {
         let mut writes = self.inner.writes();
         writes.append(&mut self.writes);
         writes
+    }
+
+    fn meter(&self) -> Option<Meter> {
+        self.inner.meter()
     }
 
     /// What policies say: who is held is no matter of theirs.

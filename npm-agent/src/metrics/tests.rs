@@ -254,7 +254,7 @@ fn eventful() -> Arc<Metrics> {
         write(Written::Removals, false),
     ]);
     agent.metrics.metered("fake", Box::new(reading));
-    agent.metrics.board(Board::new(Engine::Ebpf).unwrap());
+    agent.metrics.board(Board::new(Engine::Ebpf, None).unwrap());
     Arc::clone(&agent.metrics)
 }
 

@@ -159,7 +159,7 @@ impl Scrapable {
         let scripted = Scripted { name: backend, script: Arc::clone(&script) };
         let worker = Worker::start(Box::new(scripted), timing, &metrics).context("starting the worker")?;
         let engine = if backend == "ebpf" { Engine::Ebpf } else { Engine::Iptables };
-        let board = Board::new(engine).context("making a board")?;
+        let board = Board::new(engine, None).context("making a board")?;
         metrics.board(board.clone());
         let (events, events_end) = mpsc::channel(64);
         let (refresh, refresh_end) = mpsc::channel(1);

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, Result, ensure};
 use npm_agent::backend::hold::{Holding, set_name};
 use npm_agent::backend::iptables::variant::Variant;
+use npm_agent::backend::meter::Meter;
 use npm_agent::backend::{Applied, Backend, BackendError, Removed, Write};
 use npm_agent::exec::Tools;
 use npm_policy::flow::{Decision, Flow};
@@ -55,6 +56,10 @@ impl Backend for Noting {
 
     fn writes(&mut self) -> Vec<Write> {
         Vec::new()
+    }
+
+    fn meter(&self) -> Option<Meter> {
+        None
     }
 
     fn decide(&mut self, _: &Flow) -> Result<Decision, BackendError> {

@@ -75,7 +75,7 @@ mod tests {
 
     #[test]
     fn what_is_told_is_what_is_so_now() {
-        let board = Board::new(Engine::Ebpf).unwrap();
+        let board = Board::new(Engine::Ebpf, None).unwrap();
         let names = || -> Vec<(Effect, &str)> {
             board.current().iter().map(|(effect, escape)| (*effect, escape.name())).collect()
         };
