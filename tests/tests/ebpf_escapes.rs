@@ -66,7 +66,7 @@ impl Stage {
     }
 
     /// What becomes of a packet to the pod.
-    fn to_a(&mut self) -> Result<Outcome> {
+    fn reach_a(&mut self) -> Result<Outcome> {
         let from = self.lab.find("b")?;
         let (source, destination) = ("10.241.0.3".parse()?, "10.241.0.2".parse()?);
         let outcomes =
@@ -101,11 +101,11 @@ fn an_interface_without_the_program() -> Result<()> {
         }
         other => panic!("{other:?}"),
     }
-    assert_ne!(stage.to_a()?, Outcome::Blocked, "the reason is real");
+    assert_ne!(stage.reach_a()?, Outcome::Blocked, "the reason is real");
     node.exec("tc", &["qdisc", "del", "dev", "veth0", "ingress"])?;
     stage.verify()?;
     assert_eq!(stage.board.current(), []);
-    assert_eq!(stage.to_a()?, Outcome::Blocked);
+    assert_eq!(stage.reach_a()?, Outcome::Blocked);
     Ok(())
 }
 
