@@ -173,7 +173,8 @@ impl Stage {
             "--disable-admission-plugins=ServiceAccount".to_owned(),
             "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
             format!("--service-account-signing-key-file={key}"),
-            format!("--service-account-key-file={key}"),
+            // Its certificate holds the public key: the server reads none from a key in this form.
+            format!("--service-account-key-file={}", text(&self.identity.certificate)),
             format!("--token-auth-file={}", text(&self.path("tokens"))),
             format!("--tls-cert-file={}", text(&self.identity.certificate)),
             format!("--tls-private-key-file={key}"),

@@ -19,7 +19,9 @@ pub(crate) fn run(tree: &Tree, changes: u32, seed: Option<u64>) -> Result<ExitCo
             "the lab makes network namespaces and needs root: sudo -E env PATH=\"$PATH\" cargo xtask chaos"
         );
     }
-    tree.cargo().args(["build", "--locked", "--package", "npm-agent"]).run(&Sink::Terminal)?;
+    tree.cargo()
+        .args(["build", "--locked", "--package", "npm-agent", "--package", "npm-tests", "--bin", "npm-agent"])
+        .run(&Sink::Terminal)?;
     let test =
         ["test", "--locked", "--package", "npm-tests", "--test", "kube", "--", "--nocapture", "random"];
     let mut program = tree.cargo().args(test).env("NPM_CHANGES", changes.to_string());

@@ -34,7 +34,9 @@ pub(crate) fn run(tree: &Tree) -> Result<ExitCode> {
     let apt = Apt::new(&home)?;
     let etcd = etcd(&home, &apt, &sink)?;
     let server = server(&home, &apt, &sink)?;
-    tree.cargo().args(["build", "--locked", "--package", "npm-agent"]).run(&sink)?;
+    tree.cargo()
+        .args(["build", "--locked", "--package", "npm-agent", "--package", "npm-tests", "--bin", "npm-agent"])
+        .run(&sink)?;
     let test = ["test", "--locked", "--package", "npm-tests", "--test", "real_apiserver", "--", "--ignored"];
     let program = tree.cargo().args(test).env("NPM_REAL_APISERVER", server).env("NPM_ETCD", etcd);
     let status = program.env(manifests::TOOLS, manifests::tools(tree, &sink)?).status(&sink)?;
