@@ -25,6 +25,7 @@ pub(crate) fn strip(object: &[u8]) -> Result<Vec<u8>> {
         if symbol.section.is_some_and(|section| debug.contains(&section)) {
             symbol.delete = true;
         }
+        symbol.name = without_disambiguators(&symbol.name).into();
     }
     // LLVM keeps section and symbol names in one table; the builder wants a table for each.
     if !builder.sections.iter().any(|section| matches!(section.data, SectionData::SectionString)) {
@@ -45,6 +46,24 @@ fn is_debug(section: &str) -> bool {
     section.starts_with(".debug")
 }
 
+/// A symbol's name without what rustc tells crates of one name apart by (`Cs<hash>_` in its mangled names): the hash is of
+/// the flags too, and so of the tree's place.
+fn without_disambiguators(name: &[u8]) -> Vec<u8> {
+    if !name.starts_with(b"_R") {
+        return name.to_vec();
+    }
+    let mut rest = name;
+    let mut plain = Vec::new();
+    while let Some(at) = rest.windows(2).position(|pair| pair == b"Cs") {
+        let hash = &rest[at + 2..];
+        let Some(len) = hash.iter().position(|byte| *byte == b'_') else { break };
+        plain.extend_from_slice(&rest[..=at]);
+        rest = &hash[len + 1..];
+    }
+    plain.extend_from_slice(rest);
+    plain
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -57,6 +76,17 @@ mod tests {
         for name in [".BTF", ".BTF.ext", ".rel.BTF.ext", "classifier", ".relclassifier", ".maps", ".text"] {
             assert!(!is_debug(name), "{name}");
         }
+    }
+
+    #[test]
+    fn names_do_not_depend_on_the_place_of_the_tree() {
+        let name = |hash: &str| {
+            format!("_RINvNtCs{hash}_8npm_ebpf7enforce16judge_connectionNtNtB4_9conntrack6ByCastEB4_")
+        };
+        let plain = without_disambiguators(name("j3kmxsOhokK").as_bytes());
+        assert_eq!(plain, without_disambiguators(name("dWUYOURHZN0").as_bytes()));
+        assert_eq!(plain, b"_RINvNtC8npm_ebpf7enforce16judge_connectionNtNtB4_9conntrack6ByCastEB4_");
+        assert_eq!(without_disambiguators(b"Cs_of_another"), b"Cs_of_another");
     }
 
     #[test]
