@@ -129,6 +129,8 @@ pub struct Directions {
     pub ingress: bool,
     /// Of what goes out.
     pub egress: bool,
+    /// Whose address it is: a number for each pod, of this goal alone.
+    pub pod: u32,
 }
 
 /// Addresses of this node's pods.
@@ -137,10 +139,11 @@ pub type Isolated = BTreeMap<IpAddr, Directions>;
 /// Whom a goal isolates, whatever it allows.
 pub fn isolated(goal: &Goal) -> Isolated {
     let mut isolated = Isolated::new();
-    for (address, (_, programs)) in endpoints(goal, &Numbers::default()) {
+    for (address, (pod, programs)) in endpoints(goal, &Numbers::default()) {
         isolated.insert(
             address,
             Directions {
+                pod,
                 ingress: programs.iter().any(|program| program.ingress.is_some()),
                 egress: programs.iter().any(|program| program.egress.is_some()),
             },

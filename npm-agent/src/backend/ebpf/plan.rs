@@ -17,10 +17,10 @@
 mod content;
 mod family;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use npm_common::layout::{Known, NOT_ISOLATED, Policy};
+use npm_common::layout::{Known, NO_POD, NOT_ISOLATED, Policy};
 
 use super::held::{FamilyWrite, Held, HeldFamily, Limits, Readers, Write};
 use super::lower::{FamilyMaps, Isolated, Lowered, OfFamily};
@@ -181,6 +181,22 @@ fn denied<A: OfFamily>(held: &HeldFamily<A>, half: usize, isolated: &Isolated, n
         let ingress = denied(directions.ingress, known.ingress);
         let egress = denied(directions.egress, known.egress);
         wanted.known.insert(address, Known { ingress, egress, ..known });
+    }
+    // Addresses that were one pod's and are not any more are no way around the policies of either.
+    let whose = |address: &A| isolated.get(&address.ip()).map(|directions| directions.pod);
+    let mut owners: BTreeMap<u32, BTreeSet<Option<u32>>> = BTreeMap::new();
+    for (address, known) in wanted.known.iter().filter(|(_, known)| known.pod != NO_POD) {
+        owners.entry(known.pod).or_default().insert(whose(address));
+    }
+    let mut fresh = owners.last_key_value().map_or(NO_POD, |(pod, _)| *pod);
+    let mut numbers: BTreeMap<(u32, Option<u32>), u32> = BTreeMap::new();
+    for (address, known) in &mut wanted.known {
+        if owners.get(&known.pod).is_some_and(|owners| owners.len() > 1) {
+            known.pod = *numbers.entry((known.pod, whose(address))).or_insert_with(|| {
+                fresh = fresh.saturating_add(1);
+                fresh
+            });
+        }
     }
     wanted.known.retain(|_, known| *known != Known::NOTHING);
     wanted
