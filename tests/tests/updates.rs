@@ -84,7 +84,7 @@ fn updates_open_nothing_and_lose_nothing() -> Result<()> {
     if !require_root() {
         return Ok(());
     }
-    let updates = updates(100);
+    let updates = updates(40);
     for (engine, family, protocol) in [
         (Engine::Iptables(Dialect::Nft), Family::V4, Protocol::Udp),
         (Engine::Iptables(Dialect::Legacy), Family::V6, Protocol::Tcp),
@@ -101,7 +101,7 @@ fn an_agent_killed_at_any_point_opens_nothing_and_loses_nothing() -> Result<()> 
     if !require_root() {
         return Ok(());
     }
-    let updates = updates(100);
+    let updates = updates(40);
     for (engine, family, protocol) in [
         (Engine::Iptables(Dialect::Nft), Family::V6, Protocol::Udp),
         (Engine::Iptables(Dialect::Legacy), Family::V4, Protocol::Tcp),
