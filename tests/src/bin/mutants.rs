@@ -4,7 +4,7 @@
 //! ```text
 //! cargo xtask mutants                  all of them (minutes)
 //! cargo xtask mutants --sample 3       three, others on other days
-//! cargo xtask mutants --first 2        the first two, of a tree whose tests have just been green (in CI)
+//! cargo xtask mutants --first 1        the first one, of a tree whose tests have just been green (in CI)
 //! cargo xtask mutants --only endPort   those whose name contains it
 //! ```
 #![forbid(unsafe_code)]
