@@ -156,15 +156,16 @@ impl Tree {
         }
         let target = base.join("target");
         if !target.exists() {
-            // What the tree was built with need not be built again: cargo never writes into such a file.
-            for part in ["deps", "build", ".fingerprint"] {
+            // What the tree was built with need not be built again. Cargo never writes into what it has built, but it does
+            // into its notes on that.
+            for (part, how) in [("deps", "--link"), ("build", "--link"), (".fingerprint", "--recursive")] {
                 let (built, copy) = (from.join("target/debug").join(part), target.join("debug"));
                 if built.exists() {
                     std::fs::create_dir_all(&copy).with_context(|| format!("creating {}", copy.display()))?;
                     let paths =
                         [built.to_str(), copy.to_str()].map(|path| path.context("the tree's path is UTF-8"));
                     let [built, copy] = paths;
-                    run("cp", &["--archive", "--link", built?, copy?])?;
+                    run("cp", &["--archive", how, built?, copy?])?;
                 }
             }
         }
