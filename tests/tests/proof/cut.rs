@@ -48,24 +48,30 @@ impl Connected {
         there.write_all(b"x")?;
         for (slot, stream) in arrived.iter_mut().zip([there, back]) {
             stream.set_read_timeout(Some(patience))?;
-            *slot = got(stream.read(&mut [0; 64]))?;
+            *slot = got(|| stream.read(&mut [0; 64]))?;
         }
         let [asking, answering] = &self.udp;
         answering.send(b"x")?;
         asking.send(b"x")?;
         for (slot, socket) in arrived[2..].iter_mut().zip([asking, answering]) {
             socket.set_read_timeout(Some(patience))?;
-            *slot = got(socket.recv(&mut [0; 64]))?;
+            *slot = got(|| socket.recv(&mut [0; 64]))?;
         }
         Ok(arrived)
     }
 }
 
-fn got(outcome: std::io::Result<usize>) -> Result<bool> {
-    match outcome {
-        Ok(length) => Ok(length > 0),
-        Err(error) if [ErrorKind::WouldBlock, ErrorKind::TimedOut].contains(&error.kind()) => Ok(false),
-        Err(error) => Err(error.into()),
+fn got(mut receive: impl FnMut() -> std::io::Result<usize>) -> Result<bool> {
+    loop {
+        match receive() {
+            Ok(length) => return Ok(length > 0),
+            Err(error) if [ErrorKind::WouldBlock, ErrorKind::TimedOut].contains(&error.kind()) => {
+                return Ok(false);
+            }
+            // With a timeout the kernel does not take a call up again after a signal or a machine's pause (signal(7)).
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 
