@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::exec::Program;
 use crate::sink::Sink;
-use crate::summary::Counts;
+use crate::summary::{self, Counts};
 use crate::tree::Tree;
 use crate::{dashboards, ebpf, manifests, packages};
 
@@ -100,6 +100,8 @@ const STEPS: &[Step] = &[
             if let Ok(tools) = manifests::tools(tree, log) {
                 cargo = cargo.env(manifests::TOOLS, tools);
             }
+            // An error says what it was about; the frames of the test runner bury it.
+            cargo = cargo.env("RUST_BACKTRACE", "0");
             cargo.args(["test", "--locked", "--workspace", "--no-fail-fast"]).run(log)?;
             // The tests themselves say so too, but a test runner hides what a test that passes prints.
             Ok((!packages::is_root()?)
@@ -145,6 +147,7 @@ pub(crate) fn run(tree: &Tree) -> Result<ExitCode> {
     let began = Instant::now();
     let mut failed: Vec<&str> = Vec::new();
     let mut tests = Counts::default();
+    let mut failures = Vec::new();
 
     for step in STEPS {
         let log = logs.join(format!("{}.log", step.name));
@@ -160,6 +163,7 @@ pub(crate) fn run(tree: &Tree) -> Result<ExitCode> {
         let seconds = start.elapsed().as_secs_f64();
         let text = read(&log)?;
         tests = tests + Counts::of(&text);
+        failures.extend(summary::failures(&text));
         match outcome {
             Outcome::Passed(note) => {
                 println!("ok      {:<20} {seconds:7.1} s", step.name);
@@ -181,6 +185,9 @@ pub(crate) fn run(tree: &Tree) -> Result<ExitCode> {
 
     println!("total   {:<20} {:7.1} s, logs in {}", "", began.elapsed().as_secs_f64(), logs.display());
     if !failed.is_empty() {
+        for failure in failures {
+            println!("{failure}\n");
+        }
         println!("failed steps: {}", failed.join(", "));
         // A step that broke off has run fewer tests than there are: that must not read as "0 failed".
         tests.failed = tests.failed.max(failed.len());

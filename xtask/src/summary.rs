@@ -57,9 +57,56 @@ impl fmt::Display for Counts {
     }
 }
 
+/// As many lines of each test that failed are said again.
+const LINES: usize = 40;
+
+/// What the tests that failed printed, a paragraph each: whoever reads only the end of a long log finds it there.
+pub(crate) fn failures(output: &str) -> Vec<String> {
+    let mut found: Vec<Vec<&str>> = Vec::new();
+    let mut inside = false;
+    for line in output.lines() {
+        if line.starts_with("---- ") && line.ends_with(" ----") {
+            inside = true;
+            found.push(vec![line]);
+        } else if line == "failures:" || line.starts_with("test result: ") {
+            inside = false;
+        } else if let Some(section) = found.last_mut().filter(|_| inside) {
+            section.push(line);
+        }
+    }
+    let shown = |lines: Vec<&str>| {
+        let left = lines.len().saturating_sub(LINES);
+        let mut text = lines.into_iter().take(LINES).collect::<Vec<_>>().join("\n");
+        if left > 0 {
+            text.push_str(&format!("\n[{left} more lines]"));
+        }
+        text
+    };
+    found.into_iter().map(shown).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_failed_tests_printed_is_found() {
+        let long = "line\n".repeat(50);
+        let output = format!(
+            "running 2 tests\ntest a ... FAILED\ntest b ... FAILED\n\nfailures:\n\n---- a stdout ----\nError: one\n\n\
+            ---- b stdout ----\n{long}\nfailures:\n    a\n    b\n\ntest result: FAILED. 0 passed; 2 failed\nother\n"
+        );
+        let [one, other] = &failures(&output)[..] else { panic!("two failures") };
+        assert_eq!(one, "---- a stdout ----\nError: one\n");
+        assert_eq!(other.lines().count(), LINES + 1);
+        assert!(other.ends_with("[12 more lines]"), "{other}");
+    }
+
+    #[test]
+    fn what_passed_is_not_said_again() {
+        let output = "running 1 test\ntest a ... ok\n\ntest result: ok. 1 passed; 0 failed";
+        assert_eq!(failures(output), Vec::<String>::new());
+    }
 
     #[test]
     fn results_of_all_binaries_are_added() {

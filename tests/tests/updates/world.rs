@@ -45,8 +45,11 @@ fn pod(index: usize, namespace: &str, name: &str, app: &str) -> Pod {
     }
 }
 
+/// How many steps a walk looks at before it takes one that leads nowhere in particular.
+const LOOKS: usize = 30;
+
 /// A walk through worlds, forth and back.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Walk {
     world: World,
     past: Vec<World>,
@@ -59,6 +62,19 @@ impl Walk {
 
     pub(super) fn world(&self) -> &World {
         &self.world
+    }
+
+    /// A [`Walk::step`] to a world as wanted, if a few looks find one.
+    pub(super) fn step_to(&mut self, wanted: impl Fn(&World) -> bool, numbers: &mut SplitMix) -> String {
+        for _ in 0..LOOKS {
+            let mut next = self.clone();
+            let said = next.step(numbers);
+            if wanted(&next.world) {
+                *self = next;
+                return said;
+            }
+        }
+        self.step(numbers)
     }
 
     /// Changes the world, or undoes changes one by one or many at once, or takes everything away for one step; says
