@@ -32,7 +32,7 @@ use core::fmt::Debug;
 
 /// Changes whenever what maps hold, or how they belong together, does: a process of another schema does not go on with
 /// them.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// Words of a row in the narrow object: 64 times as many peer sets, any peer included, can be told apart on a node.
 pub const NARROW_WORDS: usize = 16;
