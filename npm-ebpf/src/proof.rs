@@ -73,11 +73,6 @@ impl Proofs for InMaps {
                 Self::prove(subject);
                 true
             }
-            // It has forgotten what was not asked for.
-            Proof::None if age(&words(subject.original), subject.entry).is_some() => {
-                Self::prove(subject);
-                true
-            }
             Proof::None => false,
         }
     }
@@ -91,9 +86,9 @@ impl Proofs for InMaps {
     #[inline(always)]
     fn refute(subject: Subject<'_>, _: State) {
         let Subject { original, entry, .. } = subject;
-        // In this order: what is recent is put back into the other map.
-        forget_recent(subject);
+        // In this order: what is found here is told there.
         let _ = PROOFS.remove(original);
+        forget_recent(subject);
         let _ = DENIED.insert(original, entry, 0);
     }
 }
@@ -188,8 +183,9 @@ struct Place {
     at: u64,
 }
 
-/// As many jiffies long what is told is as good as what `PROOFS` says; then that map is asked again, which forgets what it
-/// was not asked for, but not as soon: a second has 100 to 1,000 jiffies.
+/// As many jiffies long what is told is as good as what `PROOFS` says (a second has 100 to 1,000). Then that map is asked
+/// again: it forgets what it was not asked for, but not as soon; and what it has lost for a reason is told here no longer,
+/// whoever told it in the same moment, of another program's map, or of an entry that was at the same address.
 const YOUNG: u64 = 25;
 
 #[inline(always)]

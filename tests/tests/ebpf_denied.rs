@@ -18,6 +18,7 @@ use npm_agent::backend::meter::Reading;
 use npm_agent::denied::{Line, Log};
 use npm_agent::exec::Tools;
 use npm_agent::interfaces::select::Selection;
+use npm_common::layout::SCHEMA;
 use npm_common::mark::ProofBit;
 use npm_policy::compile::compile;
 use npm_policy::flow::Transport;
@@ -73,7 +74,7 @@ impl Stage {
         let node = lab.netns("node")?;
         if width == Width::Wide {
             // As if an earlier process had needed the wide rows.
-            let pins = Path::new("/sys/fs/bpf/npm-agent").join(node.name()).join("v1/wide");
+            let pins = Path::new("/sys/fs/bpf/npm-agent").join(node.name()).join(format!("v{SCHEMA}/wide"));
             std::fs::create_dir_all(&pins).with_context(|| pins.display().to_string())?;
         }
         for program in ["iptables-nft", "ip6tables-nft"] {

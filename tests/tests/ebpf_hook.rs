@@ -9,12 +9,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use aya::maps::MapData;
 use aya::programs::{SchedClassifier, TcAttachType};
 use npm_agent::backend::Backend;
 use npm_agent::backend::ebpf::choice::Choice;
 use npm_agent::backend::ebpf::enforcer::{Ebpf, Options};
 use npm_agent::exec::Tools;
 use npm_agent::interfaces::select::Selection;
+use npm_common::layout::{MAX_PROOFS, SCHEMA};
 use npm_common::mark::ProofBit;
 use npm_policy::compile::compile;
 use npm_policy::flow::Transport;
@@ -79,7 +81,8 @@ fn new_interfaces_get_the_program() -> Result<()> {
     let node = &namespaces.members()[0];
     let mut backend = start(node, "tcx")?;
     node.run(|| Ok(backend.apply(&Goal::default())?))?;
-    let links = || Ok::<_, anyhow::Error>(std::fs::read_dir(pins(node).join("v1/links"))?.count());
+    let links =
+        || Ok::<_, anyhow::Error>(std::fs::read_dir(pins(node).join(format!("v{SCHEMA}/links")))?.count());
     let wait = |count: usize| -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(10);
         while links()? != count {
@@ -173,6 +176,7 @@ fn what_was_before_gives_way() -> Result<()> {
     for (before, after, schema) in [
         ("kfuncs,tcx", "kfuncs,clsact", false),
         ("maps,clsact", "kfuncs,tcx", false),
+        ("kfuncs,tcx", "maps,tcx", false),
         ("kfuncs,tcx", "maps,tcx", true),
         ("kfuncs,clsact", "kfuncs,clsact", true),
         ("maps,clsact", "maps,tcx", true),
@@ -184,7 +188,7 @@ fn what_was_before_gives_way() -> Result<()> {
         node.run(|| Ok(first.apply(&closed()?)?))?;
         let succession = leaks_nothing(&stage, || {
             drop(first);
-            let version = pins(node).join(format!("v{}", npm_common::layout::SCHEMA));
+            let version = pins(node).join(format!("v{SCHEMA}"));
             let other = pins(node).join("v0");
             if schema {
                 std::fs::rename(&version, &other).context("renaming the schema")?;
@@ -196,6 +200,11 @@ fn what_was_before_gives_way() -> Result<()> {
             Ok(second)
         });
         let mut backend = succession.with_context(|| said.clone())?;
+        if after.contains("maps") {
+            let map = pins(node).join(format!("v{SCHEMA}/maps/PROOFS"));
+            let room = MapData::from_pin(map)?.info()?.max_entries();
+            assert_eq!(room, MAX_PROOFS, "{said}: programs that mark need less");
+        }
         let expected = if after.contains("tcx") { [1, 0] } else { [0, 1] };
         for interface in ["veth0", "veth1"] {
             assert_eq!(attached(node, interface)?, expected, "{said}: {interface}");

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use npm_policy::flow::Transport;
 use npm_policy::goal::Family;
 use npm_policy::model::Protocol;
+use npm_tests::lab::netns::Netns;
 use npm_tests::lab::packet::{Ends, IpSender, udp};
 use npm_tests::lab::require_root;
 use npm_tests::pair::{CLOSED, Stage, world};
@@ -50,6 +51,26 @@ fn back(Ends { source, destination }: Ends) -> Ends {
     Ends { source: destination, destination: source }
 }
 
+/// Packets that a pod has received.
+fn received(pod: &Netns) -> Result<u32> {
+    let text = pod.run(|| Ok(std::fs::read_to_string("/proc/thread-self/net/dev")?))?;
+    let line = text.lines().find_map(|line| line.trim_start().strip_prefix("eth0:")).context("no eth0")?;
+    Ok(line.split_whitespace().nth(1).context("no packets")?.parse()?)
+}
+
+/// Packets that have arrived: as soon as there are so many, or after a while.
+fn arrived(stage: &Stage, due: u64) -> Result<u64> {
+    let deadline =
+        Instant::now() + if due > 0 { Duration::from_secs(10) } else { Duration::from_millis(200) };
+    loop {
+        let arrived = stage.arrived()?;
+        if (due > 0 && arrived >= due) || Instant::now() > deadline {
+            return Ok(arrived);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// More new connections than the large map holds pass by some that are used ten times a second. Nobody may open those any
 /// more, so they live by their proofs.
 #[test]
@@ -61,7 +82,7 @@ fn what_is_used_is_not_forgotten() -> Result<()> {
         let mut stage = Stage::build(Means::Ebpf(choice.parse()?))?;
         stage.lab.listen(&[Transport::Port(Protocol::Tcp, 80)])?;
         stage.enforcer.enforce(&world(ONE_WAY)?)?;
-        let b = stage.lab.endpoints()[stage.pod(B[0])?].netns.clone();
+        let [a, b] = [stage.pod(A[0])?, stage.pod(B[0])?].map(|pod| stage.lab.endpoints()[pod].netns.clone());
         let to: IpAddr = A[0].parse()?;
         let connect = || -> Result<TcpStream> {
             let stream = b.run(|| Ok(TcpStream::connect((to, 80))?))?;
@@ -95,6 +116,8 @@ fn what_is_used_is_not_forgotten() -> Result<()> {
             }
             Ok(passed)
         })?;
+        let arrived = received(&a)?;
+        ensure!(arrived > passed, "only {arrived} of {passed} connections were allowed");
         ensure!(passed > 4 * npm_common::layout::MAX_PROOFS, "{passed} connections are not many");
         echo().with_context(|| format!("{choice}: at the end"))?;
     }
@@ -122,16 +145,16 @@ fn what_is_denied_is_known_nowhere() -> Result<()> {
                 let sender = IpSender::open()?;
                 flows.iter().try_for_each(|flow| sender.send(&udp(*flow, b"allowed")?))
             })?;
-            ensure!(stage.arrived()? == 20, "{choice} {family:?}: allowed flows do not arrive");
+            ensure!(arrived(&stage, 20)? == 20, "{choice} {family:?}: allowed flows do not arrive");
             stage.enforcer.enforce(&world(CLOSED)?)?;
             stage.deafen()?;
             let [from_b, from_a] = [&b, &a].map(|pod| pod.run(IpSender::open));
             let (from_b, from_a) = (from_b?, from_a?);
-            for flow in flows {
-                from_b.send(&udp(flow, b"denied")?)?;
-                from_a.send(&udp(back(flow), b"answer")?)?;
-            }
-            let arrived = stage.arrived()?;
+            flows.iter().try_for_each(|flow| from_b.send(&udp(*flow, b"denied")?))?;
+            // Late enough for the denied ones to be judged, and early enough to belong to their entries.
+            std::thread::sleep(Duration::from_millis(2));
+            flows.iter().try_for_each(|flow| from_a.send(&udp(back(*flow), b"answer")?))?;
+            let arrived = arrived(&stage, 0)?;
             ensure!(arrived == 0, "{choice} {family:?}: {arrived} packets of denied flows arrive");
         }
     }

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use npm_common::layout::SCHEMA;
 use npm_policy::flow::Transport;
 use npm_policy::model::Protocol;
 use npm_tests::lab::agent::{Agent, Settings};
@@ -66,7 +67,7 @@ fn rules(node: &Netns, dialect: Dialect) -> Result<String> {
 }
 
 fn is_pinned(instance: &str) -> bool {
-    Path::new("/sys/fs/bpf/npm-agent").join(instance).join("v1").is_dir()
+    Path::new("/sys/fs/bpf/npm-agent").join(instance).join(format!("v{SCHEMA}")).is_dir()
 }
 
 #[test]

@@ -278,7 +278,7 @@ fn segmented_datagrams(stage: &Stage, family: Family, port: u16, due: usize) -> 
     Ok(arrived)
 }
 
-/// Errors that `b` sends to `a` about a packet that never was, or was denied; gives how many arrive.
+/// Errors that `b` sends to `a` about a packet that was denied, unless nothing is; gives how many arrive.
 fn errors_about_nothing(stage: &Stage, family: Family, due: u64) -> Result<u64> {
     let pod = stage.pod(A)?;
     let program = Dialect::Nft.program(family, "");
@@ -291,13 +291,17 @@ fn errors_about_nothing(stage: &Stage, family: Family, due: u64) -> Result<u64> 
     let rule = ["-t", "raw", "-A", "PREROUTING", "-s", &source, "-j", "DROP"];
     pod.exec(&program, &["-t", "raw", "-F", "PREROUTING"])?;
     pod.exec(&program, &[&rule[..], &protocol[..]].concat())?;
+    let sender = pod.run(IpSender::open)?;
     let sent = stage.pod(B)?.run(|| {
-        let sender = IpSender::open()?;
+        let back_sender = IpSender::open()?;
         for port in 5000..5010 {
             let denied =
                 Ends { source: SocketAddr::new(own, port), destination: SocketAddr::new(other, DENIED) };
             let back = Ends { source: SocketAddr::new(other, 0), destination: SocketAddr::new(own, 0) };
-            sender.send(&port_unreachable(back, &udp(denied, b"12345678")?)?)?;
+            // Where proofs are in maps its entry is there for a moment, and the error is RELATED to it.
+            let datagram = udp(denied, b"12345678")?;
+            sender.send(&datagram)?;
+            back_sender.send(&port_unreachable(back, &datagram)?)?;
         }
         Ok(10)
     })?;
@@ -321,7 +325,7 @@ fn plays(means: Means) -> Result<()> {
     stage.narrow_path()?;
     for family in Family::BOTH {
         let open = errors_about_nothing(&stage, family, 10)?;
-        ensure!(open == 10, "{family:?}: without policies {open} of 10 errors arrive");
+        ensure!(open >= 10, "{family:?}: without policies {open} of 10 errors arrive");
     }
     stage.enforcer.enforce(&stage.world)?;
     for family in Family::BOTH {
@@ -393,9 +397,14 @@ fn without_errors_connections_hang() -> Result<()> {
     for family in Family::BOTH {
         let rule = ["-t", "mangle", "-A", "FORWARD", "-m", "conntrack", "--ctstate", "RELATED", "-j", "DROP"];
         stage.lab.endpoints()[0].netns.exec(&Dialect::Nft.program(family, ""), &rule)?;
-        ensure!(datagrams_are_refused(&stage, family).is_err(), "{family:?}: datagrams");
-        ensure!(segments_are_refused(&stage, family).is_err(), "{family:?}: segments");
-        ensure!(long_datagrams_learn_the_path(&stage, family).is_err(), "{family:?}: the path");
+        for (outcome, expected) in [
+            (datagrams_are_refused(&stage, family), "nobody hears"),
+            (segments_are_refused(&stage, family), "timed out"),
+            (long_datagrams_learn_the_path(&stage, family), "never learns"),
+        ] {
+            let said = outcome.err().with_context(|| format!("{family:?}: not {expected}"))?.to_string();
+            ensure!(said.contains(expected), "{family:?}: {said}");
+        }
     }
     Ok(())
 }

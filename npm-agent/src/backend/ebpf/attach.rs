@@ -314,9 +314,13 @@ fn attach_clsact(program: &mut SchedClassifier, interface: &Interface) -> Result
     match qdisc_add_clsact(&interface.name) {
         Ok(()) => {}
         Err(error) if is(&error, &[Errno::EXIST]) => {
-            let has_hook = has_egress_hook(interface.index);
-            if !has_hook.map_err(|source| AttachError::Clsact { name: name(), source: source.into() })? {
-                return Err(AttachError::NoEgress { name: name() });
+            match has_egress_hook(interface.index) {
+                Ok(true) => {}
+                Ok(false) => return Err(AttachError::NoEgress { name: name() }),
+                // Mostly it is ours of before: without the program the interface would not be judged at all.
+                Err(error) => {
+                    tracing::warn!(%error, interface = interface.name, "cannot see which queueing discipline it has");
+                }
             }
         }
         Err(source) => return Err(AttachError::Clsact { name: name(), source }),

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use aya::maps::{Array, PerCpuArray};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfLoader};
 use npm_common::event::{Mode, Outcome};
+use npm_common::layout::MAX_PROOFS;
 use npm_common::mark::ProofBit;
 
 use super::any_maps::AnyMaps;
@@ -19,8 +20,10 @@ use super::pins::Pins;
 use super::width::Width;
 
 /// The maps that programs of every width share: what is known of connections, what packets came to, and the mode.
-const SHARED: [&str; 4] = ["PROOFS", "DENIED", "OUTCOME", "MODE"];
+const SHARED: [&str; 4] = [PROOFS, "DENIED", "OUTCOME", "MODE"];
 
+/// What every program knows of connections that were allowed.
+const PROOFS: &str = "PROOFS";
 /// What serves programs that keep proofs in maps; it goes with them.
 pub(super) const RECENT: &str = "RECENT";
 
@@ -98,7 +101,7 @@ impl Datapath {
         let bit = proof.mask();
         loader.override_global("PROOF_BIT", &bit, true);
         if proofs == Proofs::Kfuncs {
-            loader.map_max_entries("PROOFS", LEAST_PROOFS);
+            loader.map_max_entries(PROOFS, LEAST_PROOFS);
             loader.map_max_entries(RECENT, 1);
         }
         let told = u32::from(choice.drops == Drops::Told);
@@ -106,12 +109,19 @@ impl Datapath {
         if choice.drops == Drops::Counted {
             loader.map_max_entries(EVENTS, LEAST_RING);
         }
+        let small = match proofs {
+            Proofs::Maps => small_proofs(pins).map_err(KernelError::Maps)?,
+            Proofs::Kfuncs => None,
+        };
         for (name, path) in &paths {
             loader.map_pin_path(name, path.as_path());
         }
         let mut ebpf = loader.load(&object).map_err(|error| permitted(error, KernelError::Object))?;
         for name in [entry(reading, proofs), VERDICT] {
             program(&mut ebpf, name)?.load().map_err(|error| permitted(error, KernelError::Program))?;
+        }
+        if let Some(small) = small {
+            copy_proofs(small, &mut ebpf).map_err(KernelError::Maps)?;
         }
         Ok(Self { ebpf, reading, proofs, width })
     }
@@ -177,6 +187,39 @@ impl Datapath {
             |outcome: Outcome| Ok((outcome, map.get(&outcome.slot(), 0).map_err(failed)?.iter().sum()));
         Outcome::ALL.into_iter().map(count).collect()
     }
+}
+
+/// The map of proofs that is pinned, if programs that mark have made it: it is too small for those that do not, and the
+/// loader would take it as it is. It is not pinned any more then.
+fn small_proofs(pins: &Pins) -> Result<Option<MapData>, MapsError> {
+    let failed = |source| MapsError::Map { name: PROOFS, source };
+    let path = pins.map(PROOFS);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let map = MapData::from_pin(&path).map_err(failed)?;
+    if map.info().map_err(failed)?.max_entries() >= MAX_PROOFS {
+        return Ok(None);
+    }
+    std::fs::remove_file(&path).map_err(|error| failed(MapError::IoError(error)))?;
+    Ok(Some(map))
+}
+
+/// Tells the programs' map of proofs what another holds.
+fn copy_proofs(from: MapData, to: &mut Ebpf) -> Result<(), MapsError> {
+    let failed = |source| MapsError::Map { name: PROOFS, source };
+    let from = Map::from_map_data(from).and_then(HashMap::<_, [u64; 5], u64>::try_from).map_err(failed)?;
+    let to = to.map_mut(PROOFS).ok_or(MapsError::Missing { name: PROOFS })?;
+    let mut to = HashMap::<_, [u64; 5], u64>::try_from(to).map_err(failed)?;
+    for entry in from.iter() {
+        match entry {
+            Ok((tuple, proof)) => to.insert(tuple, proof, 0).map_err(failed)?,
+            // Programs write to it still.
+            Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    Ok(())
 }
 
 /// The names of all enforcing programs that there are and were.
