@@ -5,25 +5,30 @@
 //! `NPM_SEED=<number>` repeats the random run, `NPM_CHANGES=<number>` makes it longer (`cargo xtask chaos`).
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::{Read, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use npm_agent::backend::ebpf::held::{Limits, Write};
+use npm_agent::backend::ebpf::lower::lower_with;
+use npm_agent::backend::ebpf::maps::Maps;
+use npm_agent::backend::ebpf::plan::{Step, plan};
 use npm_agent::backend::iptables::layout::is_our_jump;
 use npm_agent::backend::iptables::render::Rendered;
 use npm_agent::backend::iptables::state::State;
 use npm_agent::backend::iptables::{Iptables, Options};
+use npm_common::layout::{NARROW_WORDS, SCHEMA, WIDE_WORDS};
 use npm_policy::compile::compile;
 use npm_policy::flow::{Flow, Transport};
-use npm_policy::goal::Family;
+use npm_policy::goal::{Family, Goal};
 use npm_policy::model::Protocol;
 use npm_policy::verdict::oracle;
 use npm_tests::apiserver::faults::{Disturbance, Fault, On};
 use npm_tests::apiserver::{self, Server};
 use npm_tests::chaos::{Chaos, seed};
-use npm_tests::lab::agent::{Agent, Settings};
+use npm_tests::lab::agent::{Agent, Settings, binary};
 use npm_tests::lab::netns::Netns;
 use npm_tests::lab::node::Layout;
 use npm_tests::lab::observer::{self, End, Observer, Stream, Which};
@@ -42,8 +47,16 @@ const PODS: [(&str, &str); 3] =
 /// own.
 const SETTLED: Duration = Duration::from_secs(90);
 
+/// What enforces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Engine {
+    Iptables,
+    Ebpf,
+}
+
 /// A node with three pods, a server that only it can reach, and an agent.
 struct Stage {
+    engine: Engine,
     // Dropped in this order: what runs in namespaces before the namespaces.
     agent: Option<Agent>,
     server: Server,
@@ -52,7 +65,7 @@ struct Stage {
 }
 
 impl Stage {
-    fn build() -> Result<Self> {
+    fn build(engine: Engine) -> Result<Self> {
         let host = |name: &str, (v4, v6): (&str, &str)| -> Result<Host> {
             Ok(Host { name: name.to_owned(), addresses: vec![v4.parse()?, v6.parse()?] })
         };
@@ -79,7 +92,7 @@ impl Stage {
             store.put(pod(name, v4, v6));
         }
         store.put(only_from("a"));
-        Ok(Self { agent: None, server, lab, directory })
+        Ok(Self { engine, agent: None, server, lab, directory })
     }
 
     fn node(&self) -> Result<&Netns> {
@@ -89,7 +102,10 @@ impl Stage {
     fn start_agent(&mut self) -> Result<()> {
         let kubeconfig = self.directory.path().join("kubeconfig");
         let settings = Settings {
-            backend: "iptables".into(),
+            backend: match self.engine {
+                Engine::Iptables => "iptables".into(),
+                Engine::Ebpf => "ebpf".into(),
+            },
             node: NODE.into(),
             manifests: "".into(),
             directory: self.directory.path().to_owned(),
@@ -99,6 +115,7 @@ impl Stage {
                 ["--watch-timeout", "3s"],
                 ["--listening-address", "127.0.0.1"],
                 ["--log-level", "debug"],
+                ["--instance", self.lab.netns(NODE)?.name()],
             ]
             .concat()
             .into_iter()
@@ -137,6 +154,11 @@ impl Stage {
         })
     }
 
+    /// Where our maps are.
+    fn maps(&self) -> Result<PathBuf> {
+        Ok(Path::new("/sys/fs/bpf/npm-agent").join(self.node()?.name()).join(format!("v{SCHEMA}")))
+    }
+
     /// What they have to be.
     fn wanted(&self) -> BTreeMap<Family, State> {
         let rendered = Rendered::of(&compile(&self.server.store().world(), NODE).0);
@@ -145,9 +167,19 @@ impl Stage {
 
     /// Waits until the kernel holds what the server's objects mean.
     fn settle(&self, what: &str) -> Result<()> {
-        let wanted = self.wanted();
-        // While it is being written it may not be readable.
-        if eventually(|| Ok(self.kernel().is_ok_and(|kernel| kernel == wanted)))? {
+        let holds = match self.engine {
+            Engine::Iptables => {
+                let wanted = self.wanted();
+                // While it is being written it may not be readable.
+                eventually(|| Ok(self.kernel().is_ok_and(|kernel| kernel == wanted)))?
+            }
+            Engine::Ebpf => {
+                let goal = compile(&self.server.store().world(), NODE).0;
+                let maps = self.maps()?;
+                eventually(|| Ok(maps_hold(&maps, &goal).unwrap_or(false)))?
+            }
+        };
+        if holds {
             return Ok(());
         }
         let agent = self.agent.as_ref().context("the agent runs")?;
@@ -197,6 +229,23 @@ impl Stage {
     }
 }
 
+/// Whether packets are judged by this goal, by what the pinned maps hold.
+fn maps_hold(pins: &Path, goal: &Goal) -> Result<bool> {
+    let (narrow, wide) = (pins.join("narrow"), pins.join("wide"));
+    if wide.is_dir() {
+        same(&Maps::<WIDE_WORDS>::pinned(&wide)?, goal)
+    } else {
+        same(&Maps::<NARROW_WORDS>::pinned(&narrow)?, goal)
+    }
+}
+
+fn same<const W: usize>(maps: &Maps<W>, goal: &Goal) -> Result<bool> {
+    let lowered = lower_with::<W>(goal, &maps.held().numbers())?;
+    let steps = plan(maps.held(), &lowered, &Limits::OBJECT)?;
+    // What the next half is swept of no packet sees.
+    Ok(!steps.iter().any(|step| matches!(step, Step::Write(Write::Generation(_)))))
+}
+
 /// Whether something comes true before patience ends.
 fn eventually(mut holds: impl FnMut() -> Result<bool>) -> Result<bool> {
     let deadline = Instant::now() + SETTLED;
@@ -241,7 +290,7 @@ fn nothing_changes_before_everything_is_known() -> Result<()> {
     if !require_root() {
         return Ok(());
     }
-    let mut stage = Stage::build()?;
+    let mut stage = Stage::build(Engine::Iptables)?;
     let refuse = Fault::Refuse { code: 403, retry_after: None };
     stage.server.faults().plant(On::Any, Some("networkpolicies"), u32::MAX, refuse.clone());
     let untouched = stage.kernel()?;
@@ -279,7 +328,7 @@ fn an_agent_whose_server_is_away_goes_on_enforcing_and_ends_when_told() -> Resul
     if !require_root() {
         return Ok(());
     }
-    let mut stage = Stage::build()?;
+    let mut stage = Stage::build(Engine::Iptables)?;
     stage.start_agent()?;
     stage.settle("the start")?;
     stage.status("following", |status| following(status) == 3)?;
@@ -309,7 +358,7 @@ fn one_event_is_programmed_at_once_and_a_burst_in_few_applies() -> Result<()> {
         return Ok(());
     }
     const BURST: u64 = 400;
-    let mut stage = Stage::build()?;
+    let mut stage = Stage::build(Engine::Iptables)?;
     stage.start_agent()?;
     stage.settle("the start")?;
     stage.status("following", |status| following(status) == 3)?;
@@ -343,6 +392,15 @@ fn one_event_is_programmed_at_once_and_a_burst_in_few_applies() -> Result<()> {
 
 #[test]
 fn random_changes_and_faults_leave_the_kernel_as_the_server_means_it() -> Result<()> {
+    chaos(Engine::Iptables)
+}
+
+#[test]
+fn random_changes_and_faults_leave_the_maps_as_the_server_means_it() -> Result<()> {
+    chaos(Engine::Ebpf)
+}
+
+fn chaos(engine: Engine) -> Result<()> {
     if !require_root() {
         return Ok(());
     }
@@ -351,8 +409,8 @@ fn random_changes_and_faults_leave_the_kernel_as_the_server_means_it() -> Result
         Err(_) => 150,
     };
     let seed = seed();
-    eprintln!("NPM_SEED={seed}, {changes} changes");
-    let mut stage = Stage::build()?;
+    eprintln!("{engine:?}, NPM_SEED={seed}, {changes} changes");
+    let mut stage = Stage::build(engine)?;
     stage.start_agent()?;
     stage.settle("the start")?;
     let end = |stage: &Stage, name: &str| -> Result<End> {
@@ -391,5 +449,11 @@ fn random_changes_and_faults_leave_the_kernel_as_the_server_means_it() -> Result
     ensure!(allowed.count(Which::Lost) == 0, "{} allowed packets were lost", allowed.count(Which::Lost));
     ensure!(denied.count(Which::Arrived) == 0, "{} denied packets arrived", denied.count(Which::Arrived));
     ensure!(Path::new(&stage.directory.path().join("log")).exists());
-    Ok(())
+    if engine == Engine::Ebpf {
+        // Nobody is isolated by it, and somebody always is.
+        ensure!(!maps_hold(&stage.maps()?, &Goal::default())?, "any goal would have done");
+    }
+    stage.agent.take().context("the agent runs")?.terminate()?;
+    // Pins are not the namespace's, and would stay.
+    stage.node()?.exec(&binary()?.to_string_lossy(), &["cleanup"]).map(drop)
 }

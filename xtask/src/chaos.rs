@@ -22,8 +22,19 @@ pub(crate) fn run(tree: &Tree, changes: u32, seed: Option<u64>) -> Result<ExitCo
     tree.cargo()
         .args(["build", "--locked", "--package", "npm-agent", "--package", "npm-tests", "--bin", "npm-agent"])
         .run(&Sink::Terminal)?;
-    let test =
-        ["test", "--locked", "--package", "npm-tests", "--test", "kube", "--", "--nocapture", "random"];
+    let test = [
+        "test",
+        "--locked",
+        "--package",
+        "npm-agent",
+        "--package",
+        "npm-tests",
+        "--test",
+        "kube",
+        "--",
+        "--nocapture",
+        "random",
+    ];
     let mut program = tree.cargo().args(test).env("NPM_CHANGES", changes.to_string());
     if let Some(seed) = seed {
         program = program.env("NPM_SEED", seed.to_string());
