@@ -1,19 +1,20 @@
 //! The agent as a process, asked for its metrics over HTTP as Prometheus does.
 
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use npm_agent::backend::meter::Timekeeping;
 use npm_agent::metrics::Scope;
 use npm_policy::flow::Transport;
 use npm_policy::model::Protocol;
 use npm_tests::apiserver::{self, Server};
-use npm_tests::lab::agent::{Agent, Settings, binary};
-use npm_tests::lab::netns::{Namespaces, Netns};
+use npm_tests::lab::agent::{Agent, Settings, binary, get};
+use npm_tests::lab::netns::Namespaces;
 use npm_tests::lab::node::Layout;
 use npm_tests::lab::probe::{Outcome, Probe};
 use npm_tests::lab::{Host, Lab, Spec, require_root};
+use npm_tests::statistics::Statistics;
 use serde_json::{Value, json};
 
 const NODE: &str = "n1";
@@ -21,7 +22,7 @@ const NODE: &str = "n1";
 /// Not the default: so the setting is honoured.
 const ADDRESS: &str = "127.0.0.2:10191";
 
-/// How long the server may take to listen, and to answer.
+/// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 const MANIFESTS: &str = "
@@ -46,26 +47,6 @@ kind: NetworkPolicy
 metadata: {name: web, namespace: x}
 spec: {podSelector: {}, ingress: [{from: [{podSelector: {}}], ports: [{port: 80}]}]}
 ";
-
-/// Code and body. The server listens shortly after the start: until then it is asked again.
-fn get(node: &Netns, address: &str, path: &str) -> Result<(u16, String)> {
-    node.run(|| {
-        let deadline = Instant::now() + PATIENCE;
-        let mut stream = loop {
-            match TcpStream::connect(address) {
-                Ok(stream) => break stream,
-                Err(error) if Instant::now() > deadline => return Err(error).context("reaching the agent"),
-                Err(_) => std::thread::sleep(Duration::from_millis(20)),
-            }
-        };
-        stream.set_read_timeout(Some(PATIENCE))?;
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let (head, body) = answer.split_once("\r\n\r\n").context("a head and a body")?;
-        Ok((head.split(' ').nth(1).context("a code")?.parse()?, body.to_owned()))
-    })
-}
 
 /// The value of a series that has no label.
 fn value(text: &str, name: &str) -> Option<f64> {
@@ -350,4 +331,53 @@ fn two_backends_tell_of_one_cluster_and_each_of_its_packets() -> Result<()> {
 
     fleet.server.store().put(policy("more", "b", "ingress", "from", "b", &[9]));
     same(&fleet, 3.0).map(drop)
+}
+
+/// What the kernel has timed of the program until now: runs, seconds.
+fn timed(text: &str) -> Result<(f64, f64)> {
+    let of = |name: &str| {
+        series(text, name, &[("backend", "ebpf")]).with_context(|| format!("no {name} in\n{text}"))
+    };
+    Ok((of("npm_node_program_runs_total")?, of("npm_node_program_run_seconds_total")?))
+}
+
+/// Seconds that a packet may take in the program on a machine that stops now and then.
+const PLAUSIBLE: std::ops::Range<f64> = 10e-9..10e-3;
+
+/// Whether the eBPF agent's node has its program timed.
+const STATISTICS: &str = r#"npm_node_program_statistics{backend="ebpf"}"#;
+
+#[test]
+fn the_program_is_timed_while_the_node_has_it_timed() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    // Each makes three packets at least, one for each port.
+    const ROUNDS: u32 = 10;
+    let mut statistics = Statistics::hold()?;
+    let mut fleet = Fleet::start()?;
+    for timekeeping in [Timekeeping::Off, Timekeeping::On, Timekeeping::Off] {
+        statistics.set(timekeeping)?;
+        let before = timed(&fleet.scrape("n1", Scope::Node)?)?;
+        for _ in 0..ROUNDS {
+            fleet.outcomes()?;
+        }
+        let text = fleet.scrape("n1", Scope::Node)?;
+        let now = timed(&text)?;
+        match timekeeping {
+            Timekeeping::Off => {
+                assert_eq!(value(&text, STATISTICS), Some(0.0), "{text}");
+                ensure!(now == before, "{before:?} became {now:?}");
+            }
+            Timekeeping::On => {
+                assert_eq!(value(&text, STATISTICS), Some(1.0), "{text}");
+                let (runs, seconds) = (now.0 - before.0, now.1 - before.1);
+                ensure!(runs >= f64::from(ROUNDS * 3), "{runs} runs");
+                ensure!(PLAUSIBLE.contains(&(seconds / runs)), "{seconds} seconds for {runs} runs");
+            }
+        }
+    }
+    let text = fleet.scrape("n2", Scope::Node)?;
+    ensure!(!text.contains("npm_node_program_"), "nothing is timed under iptables:\n{text}");
+    Ok(())
 }

@@ -96,6 +96,9 @@ impl Counted {
                 (Direction::Egress, Judged::Denied, egress),
             ],
             unlogged: Vec::new(),
+            // The kernel does not time rules.
+            timed: Vec::new(),
+            timekeeping: None,
             stores: vec![
                 Store { name: "sets", used: sum(&|family| family.sets), limit: MAX_SETS },
                 Store { name: "hash_net", used: most(|family| family.nets), limit: members },
