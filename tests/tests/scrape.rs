@@ -1,6 +1,7 @@
 //! The agent as a process, asked for its metrics over HTTP as Prometheus does.
 
 use std::net::TcpListener;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -14,6 +15,7 @@ use npm_tests::lab::netns::Namespaces;
 use npm_tests::lab::node::Layout;
 use npm_tests::lab::probe::{Outcome, Probe};
 use npm_tests::lab::{Host, Lab, Spec, require_root};
+use npm_tests::monitoring::{Prometheus, is_installed, panels, relay};
 use npm_tests::statistics::Statistics;
 use serde_json::{Value, json};
 
@@ -141,6 +143,7 @@ struct Fleet {
 
 const NODES: [(&str, &str); 2] = [("n1", "ebpf"), ("n2", "iptables")];
 const PODS: [(&str, &str); 2] = [("a", "10.241.0.2"), ("b", "10.241.1.2")];
+const PORT: u16 = 10091;
 const LISTENING: &str = "127.0.0.1:10091";
 
 impl Fleet {
@@ -379,5 +382,47 @@ fn the_program_is_timed_while_the_node_has_it_timed() -> Result<()> {
     }
     let text = fleet.scrape("n2", Scope::Node)?;
     ensure!(!text.contains("npm_node_program_"), "nothing is timed under iptables:\n{text}");
+    Ok(())
+}
+
+#[test]
+fn the_dashboards_show_the_programs_time() -> Result<()> {
+    if !require_root() || !is_installed() {
+        return Ok(());
+    }
+    let mut statistics = Statistics::hold()?;
+    statistics.set(Timekeeping::On)?;
+    let mut fleet = Fleet::start()?;
+    let mut config = "global: {scrape_interval: 500ms}\nscrape_configs:\n\
+                      - job_name: nodes\n  metrics_path: /node-metrics\n  static_configs:\n"
+        .to_owned();
+    for (node, _) in NODES {
+        let address = relay::into_namespace(fleet.lab.netns(node)?, PORT)?;
+        config.push_str(&format!("  - targets: [\"{address}\"]\n    labels: {{instance: {node}}}\n"));
+    }
+    let prometheus = Prometheus::start(&config, &[])?;
+    prometheus.wait("count(npm_node_verdicts_total)", |series| series > 0.0)?;
+
+    let grafana = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/grafana");
+    let dashboards = panels::dashboards(&grafana)?;
+    let all = dashboards.iter().flat_map(|(_, dashboard)| panels::queries(dashboard));
+    let queries: Vec<_> = all.filter(|query| query.expression.contains("npm_node_program_")).collect();
+    ensure!(queries.len() == 2, "the time and whether there is one: {queries:?}");
+    let deadline = Instant::now() + PATIENCE;
+    for query in queries {
+        let expression = panels::substituted(&query.expression, "1m");
+        let result = loop {
+            fleet.outcomes()?;
+            let result = prometheus.query(&expression)?;
+            // A rate needs two scrapes, and packets between them.
+            if !result.is_empty() || Instant::now() > deadline {
+                break result;
+            }
+        };
+        let [one] = result.as_slice() else { anyhow::bail!("{expression}: {result:?}") };
+        let number: f64 = one["value"][1].as_str().context("a number")?.parse()?;
+        let wanted = if expression.contains("seconds") { PLAUSIBLE } else { 1.0..1.5 };
+        ensure!(one["metric"]["instance"] == "n1" && wanted.contains(&number), "{expression}: {one}");
+    }
     Ok(())
 }
