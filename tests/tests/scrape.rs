@@ -19,6 +19,9 @@ use npm_tests::monitoring::{Prometheus, is_installed, panels, relay};
 use npm_tests::statistics::Statistics;
 use serde_json::{Value, json};
 
+#[path = "scrape/discovery.rs"]
+mod discovery;
+
 const NODE: &str = "n1";
 
 /// Not the default: so the setting is honoured.
@@ -184,7 +187,7 @@ impl Fleet {
         let more = [
             ["--source", "kube"],
             ["--kubeconfig", &kubeconfig.to_string_lossy()],
-            ["--listening-address", "127.0.0.1"],
+            ["--listening-address", "0.0.0.0"],
             ["--instance", netns.name()],
             ["--verify-interval", "200ms"],
             ["--log-denied", if backend == "ebpf" { "flows" } else { "never" }],
