@@ -335,8 +335,17 @@ fn two_backends_tell_of_one_cluster_and_each_of_its_packets() -> Result<()> {
     let sets = series(&text, "npm_node_store_entries", &[("backend", "iptables"), ("store", "sets")]);
     ensure!(sets.is_some_and(|sets| sets >= 2.0), "{sets:?}:\n{text}");
 
+    // A policy more writes the chain anew that counts denied packets: what it counted stays counted.
+    let denied = count("iptables", "ingress", "denied")(&text);
     fleet.server.store().put(policy("more", "b", "ingress", "from", "b", &[9]));
-    same(&fleet, 3.0).map(drop)
+    same(&fleet, 3.0)?;
+    let of_iptables = |name: &'static str| move |text: &str| series(text, name, &[("backend", "iptables")]);
+    let (policies, verifies) =
+        (of_iptables("npm_node_policies"), of_iptables("npm_node_verify_seconds_count"));
+    let text = fleet.wait("n2", Scope::Node, |text| policies(text) == Some(2.0))?;
+    let text = fleet.wait("n2", Scope::Node, |later| verifies(later) > verifies(&text))?;
+    ensure!(count("iptables", "ingress", "denied")(&text) >= denied, "{denied:?} before:\n{text}");
+    Ok(())
 }
 
 /// What the kernel has timed of the program until now: runs, seconds.
