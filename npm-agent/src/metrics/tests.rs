@@ -367,8 +367,10 @@ fn a_large_clusters_sets_are_told_one_by_one() {
     }));
     let metrics = Metrics::new();
     metrics.counted(compiler.census(), compiler.world().size());
+    const BAR: Duration = Duration::from_millis(50);
     let mut fastest = Duration::MAX;
-    for _ in 0..5 {
+    // On a busy machine one time says little.
+    for _ in 0..20 {
         let start = Instant::now();
         let text = metrics.render(Scope::Cluster);
         fastest = fastest.min(start.elapsed());
@@ -377,5 +379,6 @@ fn a_large_clusters_sets_are_told_one_by_one() {
         assert!(sets.iter().all(|line| line.ends_with(" 4")), "{}", sets[0]);
         assert!(text.contains("npm_num_ipset_entries 20000\n"));
     }
+    assert!(fastest <= BAR, "20,000 pods, 5,000 sets: rendered in {fastest:?}");
     println!("20,000 pods, 5,000 sets: rendered in {fastest:?}");
 }
