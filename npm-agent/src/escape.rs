@@ -175,6 +175,8 @@ pub enum Subject {
     Legacy,
     /// The filters of interfaces.
     Filters,
+    /// The programs that run beside ours.
+    Programs,
 }
 
 impl fmt::Display for Subject {
@@ -189,6 +191,7 @@ impl fmt::Display for Subject {
             Self::Nftables => "nftables' flowtables and rules",
             Self::Legacy => "iptables-legacy's raw tables",
             Self::Filters => "the filters of interfaces",
+            Self::Programs => "the programs beside ours",
         })
     }
 }

@@ -32,7 +32,7 @@ use core::fmt::Debug;
 
 /// Changes whenever what maps hold, or how they belong together, does: a process of another schema does not go on with
 /// them.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// Words of a row in the narrow object: 64 times as many peer sets, any peer included, can be told apart on a node.
 pub const NARROW_WORDS: usize = 16;
@@ -68,6 +68,8 @@ pub const MAX_SEGMENTS: u32 = 65_536;
 pub const MAX_ROWS: u32 = 32_768;
 /// Entries of the map of proofs: connections that were allowed, the least recently used going first.
 pub const MAX_PROOFS: u32 = 24_576;
+/// Places for connections that were proven lately, as a power of two: a place is found without a search.
+pub const RECENT_PLACES: u32 = 13;
 /// Entries of the map of denied connections: those that wait for user space to delete the kernel's entry.
 pub const MAX_DENIED: u32 = 32_768;
 

@@ -2,6 +2,7 @@
 
 use core::arch::asm;
 use core::ffi::c_void;
+use core::mem::MaybeUninit;
 use core::ptr::from_mut;
 
 use aya_ebpf::Global;
@@ -36,6 +37,9 @@ pub(crate) trait Read {
     /// Reads a tuple of the entry at this address. `None`: the kernel would not show it.
     fn tuple(entry: u64, which: Which, to: &mut Tuple) -> Option<()>;
 
+    /// The same by words, in registers as far as they go. `None`: the kernel would not show it.
+    fn words(entry: u64, which: Which) -> Option<[u64; 5]>;
+
     /// The mark of the entry at this address. `None`: the kernel would not show it.
     fn mark(entry: u64) -> Option<u32>;
 }
@@ -48,6 +52,15 @@ pub(crate) enum Which {
 }
 
 impl Which {
+    /// [`Tuple::direction`]: an entry's tuples say where they are.
+    #[inline(always)]
+    const fn direction(self) -> u8 {
+        match self {
+            Self::Original => 0,
+            Self::Reply => 1,
+        }
+    }
+
     #[inline(always)]
     fn offset(self) -> u64 {
         u64::from(match self {
@@ -78,6 +91,18 @@ impl Read for ByProbe {
             bpf_probe_read_kernel(from_mut(to).cast(), size_of::<Tuple>() as u32, from as *const c_void)
         };
         (outcome == 0).then_some(())
+    }
+
+    #[inline(always)]
+    fn words(entry: u64, which: Which) -> Option<[u64; 5]> {
+        let from = entry.wrapping_add(which.offset());
+        let mut words = MaybeUninit::<[u64; 5]>::uninit();
+        // SAFETY: as above; where the helper succeeds it has written all words.
+        unsafe {
+            let length = size_of::<Tuple>() as u32;
+            let outcome = bpf_probe_read_kernel(words.as_mut_ptr().cast(), length, from as *const c_void);
+            (outcome == 0).then(|| words.assume_init())
+        }
     }
 
     #[inline(always)]
@@ -136,6 +161,26 @@ impl Read for ByCast {
             20: u32, 24: u32, 28: u32, 32: u32, 36: u16, 38: u8, 39: u8,
         }
         Some(())
+    }
+
+    #[inline(always)]
+    fn words(entry: u64, which: Which) -> Option<[u64; 5]> {
+        let from = cast(entry).wrapping_add(which.offset());
+        // As in `tuple`, with fewer loads: each takes a check of its address. Words that were put together in memory would be
+        // read from there before they have arrived.
+        macro_rules! load {
+            ($at:literal: $number:ty) => {
+                // SAFETY: as in `tuple`.
+                unsafe { (from.wrapping_add($at) as *const $number).read_volatile() as u64 }
+            };
+        }
+        Some([
+            load!(0: u64),
+            load!(8: u64),
+            load!(16: u16) | load!(18: u16) << 16 | load!(20: u32) << 32,
+            load!(24: u64),
+            load!(32: u32) | load!(36: u16) << 32 | load!(38: u8) << 48 | (which.direction() as u64) << 56,
+        ])
     }
 
     #[inline(always)]

@@ -60,7 +60,7 @@ fn judge<R: Read, P: Proofs>(context: &TcContext) -> Outcome {
     match state {
         State::Nothing => return Outcome::at(judge_headers(context.skb.skb)),
         State::New => {}
-        State::Original | State::Reply | State::Related if P::is_marked::<R>(entry) => {
+        State::Original | State::Reply | State::Related if P::is_known::<R>(entry) => {
             return Outcome::Proven;
         }
         State::Original | State::Reply | State::Related => {}

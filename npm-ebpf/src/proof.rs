@@ -1,18 +1,26 @@
 //! What was judged and allowed, and what was denied and is to be forgotten: in the kernel's entries, or in maps.
 
-use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::macros::map;
-use aya_ebpf::maps::{HashMap, LruHashMap};
-use npm_common::conntrack::{Proof, State, Tuple};
-use npm_common::layout::{MAX_DENIED, MAX_PROOFS};
+use core::ptr::from_ref;
 
-use crate::conntrack::Read;
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::generated::bpf_jiffies64;
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{Array, HashMap, LruHashMap};
+use npm_common::conntrack::{Proof, Recent, State, Tuple, recent};
+use npm_common::layout::{MAX_DENIED, MAX_PROOFS, RECENT_PLACES};
+
+use crate::conntrack::{Read, Which};
 use crate::entry::{self, Found};
 
 /// Original tuple -> address of the entry, or [`npm_common::conntrack::listed`]. One number a value: a value that the
 /// kernel has given to another key meanwhile is another number.
 #[map]
 static PROOFS: LruHashMap<Tuple, u64> = LruHashMap::with_max_entries(MAX_PROOFS, 0);
+
+/// What `PROOFS` was found to hold lately: a search in that map takes several times as long as everything else that a packet
+/// of an established connection needs.
+#[map]
+static RECENT: Array<Place> = Array::with_max_entries(1 << RECENT_PLACES, 0);
 
 /// Original tuples of connections that were denied, until user space has deleted their entries.
 #[map]
@@ -31,10 +39,10 @@ pub(crate) struct Subject<'a> {
 
 /// Where proofs are.
 pub(crate) trait Proofs {
-    /// Whether the entry itself says that the connection was judged and allowed.
-    fn is_marked<R: Read>(entry: u64) -> bool;
+    /// Whether the connection of the entry is known, at little cost, to have been judged and allowed.
+    fn is_known<R: Read>(entry: u64) -> bool;
 
-    /// Whether a map says so.
+    /// Whether a map of all says so.
     fn is_listed(subject: Subject<'_>) -> bool;
 
     /// Records that the connection was allowed. Where that fails the connection is judged again at its next packet.
@@ -49,15 +57,24 @@ pub(crate) struct InMaps;
 
 impl Proofs for InMaps {
     #[inline(always)]
-    fn is_marked<R: Read>(_: u64) -> bool {
-        false
+    fn is_known<R: Read>(entry: u64) -> bool {
+        let words = R::words(entry, Which::Original);
+        words.and_then(|words| age(&words, entry)).is_some_and(|age| age < YOUNG)
     }
 
     #[inline(always)]
     fn is_listed(subject: Subject<'_>) -> bool {
         match proof(subject) {
-            Proof::Holds => true,
+            Proof::Holds => {
+                tell_recent(subject);
+                true
+            }
             Proof::Listed => {
+                Self::prove(subject);
+                true
+            }
+            // It has forgotten what was not asked for.
+            Proof::None if age(&words(subject.original), subject.entry).is_some() => {
                 Self::prove(subject);
                 true
             }
@@ -66,12 +83,16 @@ impl Proofs for InMaps {
     }
 
     #[inline(always)]
-    fn prove(Subject { original, entry, .. }: Subject<'_>) {
-        let _ = PROOFS.insert(original, entry, 0);
+    fn prove(subject: Subject<'_>) {
+        let _ = PROOFS.insert(subject.original, subject.entry, 0);
+        tell_recent(subject);
     }
 
     #[inline(always)]
-    fn refute(Subject { original, entry, .. }: Subject<'_>, _: State) {
+    fn refute(subject: Subject<'_>, _: State) {
+        let Subject { original, entry, .. } = subject;
+        // In this order: what is recent is put back into the other map.
+        forget_recent(subject);
         let _ = PROOFS.remove(original);
         let _ = DENIED.insert(original, entry, 0);
     }
@@ -82,7 +103,7 @@ pub(crate) struct InMarks;
 
 impl Proofs for InMarks {
     #[inline(always)]
-    fn is_marked<R: Read>(entry: u64) -> bool {
+    fn is_known<R: Read>(entry: u64) -> bool {
         R::mark(entry).is_some_and(entry::is_proof)
     }
 
@@ -158,4 +179,64 @@ fn proof(Subject { original, entry, .. }: Subject<'_>) -> Proof {
     let Some(value) = PROOFS.get_ptr(original) else { return Proof::None };
     // SAFETY: the kernel keeps the memory until the program has ended; whoever writes it writes the whole number.
     Proof::of(unsafe { value.read_volatile() }, original, entry)
+}
+
+/// A place: what is told there, and when (in the kernel's jiffies).
+#[repr(C)]
+struct Place {
+    told: Recent,
+    at: u64,
+}
+
+/// As many jiffies long what is told is as good as what `PROOFS` says; then that map is asked again, which forgets what it
+/// was not asked for, but not as soon: a second has 100 to 1,000 jiffies.
+const YOUNG: u64 = 25;
+
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: the helper has no arguments. The verifier puts a load in its place.
+    unsafe { bpf_jiffies64() }
+}
+
+/// How many jiffies ago an entry with these words of its original tuple was told of, unless others were since.
+#[inline(always)]
+fn age(words: &[u64; 5], entry: u64) -> Option<u64> {
+    let (place, told) = recent(words, entry, RECENT_PLACES);
+    let place = RECENT.get_ptr_mut(place)?.cast::<u64>();
+    // SAFETY: the kernel keeps the memory, six words of it; each is read and written as a whole.
+    let word = |index: usize| unsafe { place.add(index).read_volatile() };
+    let differ = |index: usize| word(index) ^ told[index];
+    let is_same = differ(0) | differ(1) | differ(2) | differ(3) | differ(4) == 0;
+    is_same.then(|| now().wrapping_sub(word(5)))
+}
+
+/// By words: the compiler would read bytes one by one.
+#[inline(always)]
+fn words(tuple: &Tuple) -> [u64; 5] {
+    // SAFETY: a tuple has five words, and is aligned as they are.
+    unsafe { from_ref(tuple).cast::<[u64; 5]>().read() }
+}
+
+#[inline(always)]
+fn tell_recent(Subject { original, entry, .. }: Subject<'_>) {
+    let (place, told) = recent(&words(original), entry, RECENT_PLACES);
+    write_recent(place, told);
+}
+
+/// Empties the connection's place, whoever has it: another only loses time.
+#[inline(always)]
+fn forget_recent(Subject { original, entry, .. }: Subject<'_>) {
+    let (place, _) = recent(&words(original), entry, RECENT_PLACES);
+    write_recent(place, [0; 5]);
+}
+
+#[inline(always)]
+fn write_recent(place: u32, told: Recent) {
+    let Some(place) = RECENT.get_ptr_mut(place).map(|place| place.cast::<u64>()) else { return };
+    // SAFETY: as in `age`.
+    let write = |index: usize, word: u64| unsafe { place.add(index).write_volatile(word) };
+    for (index, word) in told.into_iter().enumerate() {
+        write(index, word);
+    }
+    write(5, now());
 }

@@ -8,6 +8,7 @@ pub mod agent;
 pub mod netns;
 pub mod node;
 pub mod observer;
+pub mod other;
 pub mod packet;
 pub mod probe;
 mod responder;

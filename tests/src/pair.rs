@@ -15,9 +15,9 @@ use crate::lab::Lab;
 use crate::lab::netns::Netns;
 use crate::lab::packet::{Echo, Ends, IpSender, Sctp, SctpChunk, Segment, echo, sctp, tcp, udp};
 use crate::lab::service::Dialect;
+use crate::scenario::Scenario;
 use crate::scenario::cluster::{Cluster, spec};
 use crate::scenario::enforcer::{Enforcer, Means, Site};
-use crate::scenario::{Layout, Scenario};
 
 const PODS: &str = r#"
 {apiVersion: v1, kind: Namespace, metadata: {name: x}}
@@ -70,20 +70,7 @@ pub struct Stage {
 }
 
 fn scenario(policies: &str) -> Scenario {
-    Scenario {
-        name: "two-pods".into(),
-        says: String::new(),
-        rows: Vec::new(),
-        layout: Layout::Routed,
-        cluster: None,
-        manifests: format!("{PODS}{policies}"),
-        external: Default::default(),
-        probes: Vec::new(),
-        services: Vec::new(),
-        steps: Vec::new(),
-        family: None,
-        expect: None,
-    }
+    Scenario::of(format!("{PODS}{policies}"))
 }
 
 /// The pods under these policies.

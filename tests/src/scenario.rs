@@ -59,6 +59,26 @@ pub struct Scenario {
     pub expect: Option<serde_json::Value>,
 }
 
+impl Scenario {
+    /// One of these objects and nothing else.
+    pub fn of(manifests: String) -> Self {
+        Self {
+            name: "of-its-objects".into(),
+            says: String::new(),
+            rows: Vec::new(),
+            layout: Layout::Routed,
+            cluster: None,
+            manifests,
+            external: BTreeMap::new(),
+            probes: Vec::new(),
+            services: Vec::new(),
+            steps: Vec::new(),
+            family: None,
+            expect: None,
+        }
+    }
+}
+
 /// How pods are joined to their nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -2,11 +2,10 @@
 //! where that is possible.
 
 use anyhow::{Context, Result};
+use aya::programs::LinkOrder;
 use aya::programs::tc::{NlOptions, TcAttachOptions, TcHandle};
-use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use npm_agent::backend::Backend;
 use npm_agent::backend::ebpf::enforcer::{Ebpf, Options};
-use npm_agent::backend::ebpf::width::Width;
 use npm_agent::escape::{Board, Effect, Engine, Escape};
 use npm_agent::exec::Tools;
 use npm_agent::interfaces::select::Selection;
@@ -16,6 +15,7 @@ use npm_policy::flow::Transport;
 use npm_policy::goal::{Family, Goal};
 use npm_policy::model::Protocol;
 use npm_tests::lab::netns::Netns;
+use npm_tests::lab::other::Other;
 use npm_tests::lab::probe::{Outcome, Probe};
 use npm_tests::lab::service::Dialect;
 use npm_tests::lab::{Lab, Spec, require_root};
@@ -109,29 +109,6 @@ fn an_interface_without_the_program() -> Result<()> {
     Ok(())
 }
 
-/// Another's program at veth0's egress, which does nothing.
-struct Other {
-    program: aya::Ebpf,
-}
-
-impl Other {
-    fn attach(node: &Netns, options: TcAttachOptions) -> Result<Self> {
-        let mut program = aya::Ebpf::load(Width::Narrow.object())?;
-        let nothing: &mut SchedClassifier = program.program_mut("nothing").context("nothing")?.try_into()?;
-        nothing.load()?;
-        node.run(|| Ok(nothing.attach_with_options("veth0", TcAttachType::Egress, options).map(drop)?))?;
-        Ok(Self { program })
-    }
-
-    /// Takes it away again.
-    fn detach(self, node: &Netns) -> Result<()> {
-        node.run(|| {
-            drop(self.program);
-            Ok(())
-        })
-    }
-}
-
 #[test]
 fn programs_of_others_before_ours() -> Result<()> {
     if !require_root() {
@@ -152,7 +129,7 @@ fn programs_of_others_before_ours() -> Result<()> {
         stage.apply()?;
         assert_eq!(stage.board.current(), [], "{hook}");
         for other in others {
-            let other = Other::attach(&node, other).context(hook)?;
+            let other = Other::attach(&node, "veth0", other).context(hook)?;
             stage.verify()?;
             let expected = Escape::ProgramBefore { interface: "veth0".into(), program: "nothing".into() };
             assert_eq!(stage.board.current(), [(Effect::Unknown, expected)], "{hook}");
@@ -161,7 +138,7 @@ fn programs_of_others_before_ours() -> Result<()> {
             assert_eq!(stage.board.current(), [], "{hook}");
         }
         // Behind ours it is nobody's business.
-        let last = Other::attach(&node, TcAttachOptions::TcxOrder(LinkOrder::last()))?;
+        let last = Other::attach(&node, "veth0", TcAttachOptions::TcxOrder(LinkOrder::last()))?;
         stage.verify()?;
         assert_eq!(stage.board.current().len(), usize::from(hook == "clsact"), "links come before filters");
         last.detach(&node)?;

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use aya::programs::{SchedClassifier, TcAttachType};
 use npm_agent::backend::Backend;
 use npm_agent::backend::ebpf::choice::Choice;
 use npm_agent::backend::ebpf::enforcer::{Ebpf, Options};
@@ -95,6 +96,39 @@ fn new_interfaces_get_the_program() -> Result<()> {
     node.run(|| Ok(backend.remove()?)).map(drop)
 }
 
+/// Floods one pod from the other, both isolated, while `work` is done. Nothing may arrive.
+fn leaks_nothing<T>(stage: &Stage, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    stage.deafen()?;
+    let (from, to): (IpAddr, IpAddr) = ("10.241.0.2".parse()?, "10.241.0.3".parse()?);
+    let sender = stage.lab.endpoints()[stage.pod("10.241.0.2")?].netns.clone();
+    let stop = AtomicBool::new(false);
+    let began = AtomicBool::new(false);
+    let (outcome, sent) = std::thread::scope(|scope| {
+        let flood = scope.spawn(|| -> Result<u64> {
+            sender.enter()?;
+            let (sender, mut sent) = (IpSender::open()?, 0);
+            while !stop.load(Ordering::Relaxed) {
+                let source = SocketAddr::new(from, 20_000 + u16::try_from(sent % 40_000)?);
+                let ends = Ends { source, destination: SocketAddr::new(to, 80) };
+                sender.send(&udp(ends, b"not you")?)?;
+                sent += 1;
+                began.store(sent > 1000, Ordering::Relaxed);
+            }
+            Ok(sent)
+        });
+        while !began.load(Ordering::Relaxed) && !flood.is_finished() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let outcome = work();
+        stop.store(true, Ordering::Relaxed);
+        (outcome, flood.join().expect("the sender does not panic"))
+    });
+    let (outcome, sent) = (outcome?, sent?);
+    let arrived = stage.arrived()?;
+    ensure!(arrived == 0, "{arrived} of {sent} packets arrived");
+    Ok(outcome)
+}
+
 /// What an earlier process left drops packets until the next one says otherwise, and no packet passes between the two.
 #[test]
 fn restarts_leak_nothing() -> Result<()> {
@@ -108,34 +142,64 @@ fn restarts_leak_nothing() -> Result<()> {
         let node = stage.node();
         let mut backend = start(node, choice)?;
         node.run(|| Ok(backend.apply(&closed()?)?))?;
-        stage.deafen()?;
-        let (from, to): (IpAddr, IpAddr) = ("10.241.0.2".parse()?, "10.241.0.3".parse()?);
-        let sender = stage.lab.endpoints()[stage.pod("10.241.0.2")?].netns.clone();
-        let stop = AtomicBool::new(false);
-        let sent = std::thread::scope(|scope| {
-            let flood = scope.spawn(|| -> Result<u64> {
-                sender.enter()?;
-                let (sender, mut sent) = (IpSender::open()?, 0);
-                while !stop.load(Ordering::Relaxed) {
-                    let source = SocketAddr::new(from, 20_000 + u16::try_from(sent % 40_000)?);
-                    let ends = Ends { source, destination: SocketAddr::new(to, 80) };
-                    sender.send(&udp(ends, b"not you")?)?;
-                    sent += 1;
-                }
-                Ok(sent)
-            });
-            let outcome = (0..restarts).try_for_each(|_| {
+        leaks_nothing(&stage, || {
+            (0..restarts).try_for_each(|_| {
                 drop(std::mem::replace(&mut backend, start(node, choice)?));
                 ensure!(backend.inherits(), "{choice}: what was enforced is not taken over");
                 node.run(|| Ok(backend.apply(&closed()?)?)).map(drop)
-            });
-            stop.store(true, Ordering::Relaxed);
-            let sent = flood.join().expect("the sender does not panic");
-            outcome.and(sent)
-        })?;
-        eprintln!("{choice}: {sent} packets during {restarts} restarts");
-        assert!(sent > 1000, "{choice}: {sent} packets are no flood");
-        assert_eq!(stage.arrived()?, 0, "{choice}: {sent} packets during {restarts} restarts");
+            })
+        })
+        .with_context(|| format!("{choice}: {restarts} restarts"))?;
+        node.run(|| Ok(backend.remove()?))?;
+    }
+    Ok(())
+}
+
+/// How many programs are at an interface's egress: linked, as filters.
+fn attached(node: &Netns, interface: &str) -> Result<[usize; 2]> {
+    let linked = node.run(|| Ok(SchedClassifier::query_tcx(interface, TcAttachType::Egress)?.1.len()))?;
+    // An interface without the queueing discipline has none.
+    let filters = node.exec("tc", &["filter", "show", "dev", interface, "egress"]).unwrap_or_default();
+    Ok([linked, filters.lines().filter(|line| line.contains("handle 0x")).count()])
+}
+
+/// What an earlier process has attached in another way, or with maps of another schema, goes, once the successor's program
+/// is there: it would judge by maps that nobody keeps up to date.
+#[test]
+fn what_was_before_gives_way() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    for (before, after, schema) in [
+        ("kfuncs,tcx", "kfuncs,clsact", false),
+        ("maps,clsact", "kfuncs,tcx", false),
+        ("kfuncs,tcx", "maps,tcx", true),
+        ("kfuncs,clsact", "kfuncs,clsact", true),
+        ("maps,clsact", "maps,tcx", true),
+    ] {
+        let said = format!("{before} to {after}, another schema: {schema}");
+        let stage = Stage::build(Means::Nothing)?;
+        let node = stage.node();
+        let mut first = start(node, before)?;
+        node.run(|| Ok(first.apply(&closed()?)?))?;
+        let succession = leaks_nothing(&stage, || {
+            drop(first);
+            let version = pins(node).join(format!("v{}", npm_common::layout::SCHEMA));
+            let other = pins(node).join("v0");
+            if schema {
+                std::fs::rename(&version, &other).context("renaming the schema")?;
+            }
+            let mut second = start(node, after)?;
+            ensure!(second.inherits() != schema, "{said}");
+            node.run(|| Ok(second.apply(&closed()?)?))?;
+            ensure!(!other.exists(), "{said}: the maps of another schema are still pinned");
+            Ok(second)
+        });
+        let mut backend = succession.with_context(|| said.clone())?;
+        let expected = if after.contains("tcx") { [1, 0] } else { [0, 1] };
+        for interface in ["veth0", "veth1"] {
+            assert_eq!(attached(node, interface)?, expected, "{said}: {interface}");
+        }
         node.run(|| Ok(backend.remove()?))?;
     }
     Ok(())

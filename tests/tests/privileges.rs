@@ -7,11 +7,15 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use aya::programs::LinkOrder;
+use aya::programs::tc::TcAttachOptions;
 use npm_agent::backend::meter::Timekeeping;
 use npm_agent::config::value::BackendKind;
 use npm_policy::flow::Transport;
 use npm_policy::model::Protocol;
 use npm_tests::lab::agent::{Agent, Settings, get};
+use npm_tests::lab::netns::Netns;
+use npm_tests::lab::other::Other;
 use npm_tests::lab::probe::{Outcome, Probe};
 use npm_tests::lab::service::Dialect;
 use npm_tests::lab::{Lab, Spec, require_root};
@@ -139,6 +143,20 @@ fn settle(agent: &mut Agent) -> Result<()> {
     }
 }
 
+/// Waits until the agent names another's program in front of ours, which the kernel gives it by number only.
+fn told_of_others(node: &Netns, agent: &mut Agent) -> Result<()> {
+    let other = Other::attach(node, "veth0", TcAttachOptions::TcxOrder(LinkOrder::first()))?;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let told = agent.status()?["escapes"].to_string();
+        if told.contains("program-before") && told.contains("number ") && told.contains("veth0") {
+            return other.detach(node);
+        }
+        ensure!(Instant::now() < deadline, "nobody says that another's program comes first: {told}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
 /// What is seen of an agent.
 struct Seen {
     /// By traffic, of its policy: allowed, denied.
@@ -167,12 +185,17 @@ fn seen(
         node: "node".to_owned(),
         manifests,
         directory: directory.path().to_owned(),
-        more: ["--instance", node.name(), "--iptables-variant", dialect.name()].map(str::to_owned).to_vec(),
+        more: ["--instance", node.name(), "--iptables-variant", dialect.name(), "--verify-interval", "1s"]
+            .map(str::to_owned)
+            .to_vec(),
     };
     let under = grant.confinement(capabilities, directory.path());
     let mut agent = Agent::start_under(&node, settings, under)?;
     let settled = settle(&mut agent);
     let seen = settled.and_then(|()| {
+        if backend == BackendKind::Ebpf {
+            told_of_others(&node, &mut agent)?;
+        }
         let (from, source) = (lab.find("client")?, CLIENT[0].parse()?);
         let destination = SERVER[0].parse()?;
         let probes = ports.map(|transport| Probe { from, source, destination, transport, expected: None });

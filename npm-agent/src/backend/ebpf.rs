@@ -28,6 +28,7 @@ mod packet;
 pub mod pins;
 pub mod plan;
 pub mod rule;
+mod syscall;
 mod watch;
 pub mod width;
 pub mod words;

@@ -71,6 +71,9 @@ struct Arguments {
     /// Do not send packets
     #[arg(long)]
     skip_packets: bool,
+    /// Do not measure new flows
+    #[arg(long)]
+    skip_new_flows: bool,
 }
 
 fn main() -> Result<()> {
@@ -98,6 +101,9 @@ fn main() -> Result<()> {
         if !arguments.skip_packets {
             if !is_measured {
                 is_measured = established(&world, &arguments)?;
+            }
+            if arguments.skip_new_flows {
+                continue;
             }
             let medians = packets(&world, &flows, &arguments)?;
             table.extend(medians.into_iter().map(|(name, class, median)| ((name, class, *policies), median)));
@@ -173,9 +179,12 @@ fn memory() -> Result<()> {
     }
     let mebibytes = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     println!("total with proofs in marks: {:.1} MiB", mebibytes(total));
-    // The same with the map of proofs as large as the object has it.
-    let is_proofs =
-        |map: &MapMemory| map.sizes_bytes == (size_of::<Tuple>() as u64, 8) && map.map_type == LRU_HASH;
+    // The same with the maps of proofs as large as the object has them.
+    let tuple_len_bytes = size_of::<Tuple>() as u64;
+    let is_proofs = |map: &MapMemory| {
+        let kind = (map.map_type.as_str(), map.sizes_bytes);
+        kind == (LRU_HASH, (tuple_len_bytes, 8)) || kind == (ARRAY, (4, tuple_len_bytes + 8))
+    };
     let small: u64 = maps()?.iter().filter(|map| is_proofs(map)).map(|map| map.memory_bytes).sum();
     let object = programs::object()?;
     let both: u64 = maps()?.iter().filter(|map| is_proofs(map)).map(|map| map.memory_bytes).sum();
@@ -186,6 +195,8 @@ fn memory() -> Result<()> {
 
 /// `BPF_MAP_TYPE_LRU_HASH` (include/uapi/linux/bpf.h).
 const LRU_HASH: &str = "9";
+/// `BPF_MAP_TYPE_ARRAY`: no other map's values are as long as what is told of a connection and when.
+const ARRAY: &str = "2";
 
 /// The program by itself.
 fn runs(world: &BenchWorld, flows: &BTreeMap<(Kind, Family), Vec<Flow>>, rounds: u32) -> Result<()> {

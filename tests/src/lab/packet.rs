@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
-use etherparse::PacketBuilder;
+use etherparse::{Icmpv4Type, Icmpv6Type, PacketBuilder, icmpv4, icmpv6};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, sendto, socket,
 };
@@ -202,6 +202,25 @@ pub fn echo(ends: Ends, echo: Echo, id: u16) -> Result<Vec<u8>> {
         (false, Echo::Reply) => step.icmpv6_echo_reply(id, 1).write(&mut packet, &[]),
     };
     written.context("building an echo message")?;
+    Ok(packet)
+}
+
+/// A whole IP packet with the error "port unreachable" about a packet, of which it quotes this much; the ports of `ends` are
+/// not looked at.
+///
+/// # Errors
+/// The ends are of different families.
+pub fn port_unreachable(ends: Ends, quoted: &[u8]) -> Result<Vec<u8>> {
+    let mut packet = Vec::new();
+    let step = ip(ends)?;
+    let written = if ends.source.is_ipv4() {
+        let error = Icmpv4Type::DestinationUnreachable(icmpv4::DestUnreachableHeader::Port);
+        step.icmpv4(error).write(&mut packet, quoted)
+    } else {
+        let error = Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port);
+        step.icmpv6(error).write(&mut packet, quoted)
+    };
+    written.context("building an error")?;
     Ok(packet)
 }
 

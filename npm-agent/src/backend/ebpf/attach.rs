@@ -20,6 +20,7 @@ use super::choice::{Choice, Hook};
 use super::datapath::ENTRIES;
 use super::outlook::Outlook;
 use super::pins::Pins;
+use super::syscall::tcx_egress;
 use crate::escape::{Board, Escape, egress_filters, has_egress_hook};
 use crate::interfaces::select::{Need, Selection};
 use crate::interfaces::{Index, Interface};
@@ -148,7 +149,10 @@ impl Attachments {
 
     /// Takes away links of interfaces that are not among these.
     pub(super) fn forget_all_but(&self, known: &BTreeMap<Index, Interface>) {
-        let links = self.lock().pins.links().unwrap_or_default();
+        let links = self.lock().pins.links().unwrap_or_else(|error| {
+            tracing::warn!(%error, "links of interfaces that are gone are kept");
+            Vec::new()
+        });
         for index in links.into_iter().map(Index).filter(|index| !known.contains_key(index)) {
             self.forget(index);
         }
@@ -211,8 +215,7 @@ impl Places {
         match self.hook {
             Hook::Tcx => {
                 let Ok(id) = program.info().map(|info| info.id()) else { return false };
-                SchedClassifier::query_tcx(&interface.name, TcAttachType::Egress)
-                    .is_ok_and(|(_, found)| found.iter().any(|program| program.id() == id))
+                tcx_egress(interface.index).is_ok_and(|found| found.contains(&id))
             }
             // The filter can't be asked for without replacing it: replacing is harmless.
             Hook::Clsact => false,
@@ -220,22 +223,38 @@ impl Places {
     }
 
     /// The programs of others that a packet meets first.
-    fn before(&self, program: &SchedClassifier, interface: &Interface) -> Vec<String> {
+    ///
+    /// # Errors
+    /// The kernel does not let itself be asked.
+    fn before(&self, program: &SchedClassifier, interface: &Interface) -> io::Result<Vec<String>> {
         let ours = match self.hook {
-            Hook::Tcx => program.info().ok().map(|info| info.id()),
+            Hook::Tcx => Some(program.info().map_err(io::Error::other)?.id()),
             // Every link comes before every filter.
             Hook::Clsact => None,
         };
-        // Before 6.6 there are no links.
-        let (_, linked) =
-            SchedClassifier::query_tcx(&interface.name, TcAttachType::Egress).unwrap_or_default();
-        let first = linked.iter().take_while(|found| Some(found.id()) != ours);
-        let mut before: Vec<String> =
-            first.map(|found| found.name_as_str().unwrap_or_default().to_owned()).collect();
+        let linked = match tcx_egress(interface.index) {
+            Ok(linked) => linked,
+            // Before 6.6 there are no links. An interface may have gone meanwhile.
+            Err(error) if answers(&error, &[Errno::INVAL, Errno::NODEV]) => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        let first: Vec<u32> = linked.into_iter().take_while(|found| Some(*found) != ours).collect();
+        let mut before = Vec::new();
+        if !first.is_empty() {
+            // Names are for CAP_SYS_ADMIN only, which an agent in a container has not.
+            let named = SchedClassifier::query_tcx(&interface.name, TcAttachType::Egress);
+            let named = named.map(|(_, programs)| programs).unwrap_or_default();
+            let name = |id: &u32| {
+                let found = named.iter().find(|found| found.id() == *id);
+                let name = found.and_then(|found| found.name_as_str()).map(str::to_owned);
+                name.unwrap_or_else(|| format!("number {id}"))
+            };
+            before.extend(first.iter().map(name));
+        }
         match self.hook {
             Hook::Tcx => {}
             Hook::Clsact => {
-                let filters = egress_filters(interface.index).unwrap_or_default();
+                let filters = egress_filters(interface.index)?;
                 if filters.iter().any(|(handle, _)| *handle == HANDLE_NUMBER) {
                     let first = filters.into_iter().take_while(|(handle, _)| *handle != HANDLE_NUMBER);
                     before.extend(first.map(|(_, name)| name));
@@ -244,7 +263,7 @@ impl Places {
         }
         // What an earlier process of ours has attached in another way judges as well.
         before.retain(|name| !ENTRIES.contains(&name.as_str()));
-        before
+        Ok(before)
     }
 
     fn attach(&self, program: &mut SchedClassifier, interface: &Interface) -> Result<(), AttachError> {
@@ -295,7 +314,8 @@ fn attach_clsact(program: &mut SchedClassifier, interface: &Interface) -> Result
     match qdisc_add_clsact(&interface.name) {
         Ok(()) => {}
         Err(error) if is(&error, &[Errno::EXIST]) => {
-            if !has_egress_hook(interface.index).unwrap_or(true) {
+            let has_hook = has_egress_hook(interface.index);
+            if !has_hook.map_err(|source| AttachError::Clsact { name: name(), source: source.into() })? {
                 return Err(AttachError::NoEgress { name: name() });
             }
         }
@@ -352,4 +372,8 @@ fn answer(error: &TcError) -> Option<i32> {
 
 fn is(error: &TcError, answers: &[Errno]) -> bool {
     answer(error).is_some_and(|found| answers.iter().any(|answer| answer.raw_os_error() == found))
+}
+
+fn answers(error: &io::Error, answers: &[Errno]) -> bool {
+    error.raw_os_error().is_some_and(|found| answers.iter().any(|answer| answer.raw_os_error() == found))
 }

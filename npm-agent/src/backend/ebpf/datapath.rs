@@ -21,6 +21,9 @@ use super::width::Width;
 /// The maps that programs of every width share: what is known of connections, what packets came to, and the mode.
 const SHARED: [&str; 4] = ["PROOFS", "DENIED", "OUTCOME", "MODE"];
 
+/// What serves programs that keep proofs in maps; it goes with them.
+pub(super) const RECENT: &str = "RECENT";
+
 /// Proofs that have room in the map where most are in the connections' marks. The least that the kernel takes for a map of
 /// this kind, whatever the number of CPUs.
 pub(super) const LEAST_PROOFS: u32 = 4096;
@@ -96,6 +99,7 @@ impl Datapath {
         loader.override_global("PROOF_BIT", &bit, true);
         if proofs == Proofs::Kfuncs {
             loader.map_max_entries("PROOFS", LEAST_PROOFS);
+            loader.map_max_entries(RECENT, 1);
         }
         let told = u32::from(choice.drops == Drops::Told);
         loader.override_global("TELL", &told, true);

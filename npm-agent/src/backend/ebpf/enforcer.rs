@@ -12,7 +12,7 @@ use npm_policy::goal::Goal;
 
 use super::any_maps::AnyMaps;
 use super::attach::{Attachments, detach_clsact};
-use super::choice::{Choice, Proofs};
+use super::choice::{Choice, Hook, Proofs};
 use super::connections::{Reaper, prove_existing, prove_marked, sweep};
 use super::datapath::{Datapath, ENTRIES, Settings};
 use super::denials::{Denials, Sink, Unlogged};
@@ -74,6 +74,8 @@ pub struct Ebpf {
     unlogged: Unlogged,
     /// How full the maps are: as of the first apply and of each read-back.
     fill: Fill,
+    /// Whether what earlier processes had attached otherwise is gone.
+    is_alone: bool,
 }
 
 impl Ebpf {
@@ -118,6 +120,7 @@ impl Ebpf {
             unlogged: Unlogged::default(),
             untracked: BTreeSet::new(),
             fill: Fill::default(),
+            is_alone: false,
         };
         if inherited {
             // Whatever has the program of before keeps it; the next read-back tries again and reports.
@@ -174,6 +177,37 @@ impl Ebpf {
             self.watch = Some(Watch::start(self.attachments.clone())?);
         }
         Ok(new)
+    }
+
+    /// Gives connections that are there their proof; then what has none is dropped. Gives no drift: it is the first time.
+    fn begin_to_enforce(&mut self) -> Result<Vec<String>, BackendError> {
+        let proven = prove_existing(&self.pins, self.datapath.proofs(), self.proof)?;
+        self.datapath.set_mode(Mode::Enforce)?;
+        tracing::info!(connections = proven, "policies are enforced; connections that existed live on");
+        Ok(Vec::new())
+    }
+
+    /// Takes away, once, what an earlier process has attached in another way, or with maps of another schema: it would go on
+    /// judging by what nobody keeps up to date.
+    fn supersede(&mut self) {
+        if self.is_alone {
+            return;
+        }
+        let pins = &self.pins;
+        let taken = match self.attachments.hook() {
+            Hook::Tcx => detach_all(),
+            Hook::Clsact => pins.remove_links().map_err(|error| KernelError::from(error).into()),
+        };
+        let taken = taken.and_then(|some| Ok(some + pins.remove_others().map_err(KernelError::from)?));
+        match taken {
+            Ok(taken) => {
+                self.is_alone = true;
+                if taken > 0 {
+                    tracing::info!(taken, "what another version or another choice had attached is gone");
+                }
+            }
+            Err(error) => tracing::warn!(%error, "an earlier program may still judge beside ours"),
+        }
     }
 
     fn settings(&self) -> Settings<'_> {
@@ -274,21 +308,28 @@ impl Backend for Ebpf {
             }
             Err(error) => return Err(error.into()),
         };
+        let enforced = self.datapath.mode()? == Mode::Enforce;
+        // A program of another schema enforces still, maybe in the very place that ours is to have: no packet is to find ours
+        // there before it enforces.
+        let succeeds = !enforced && self.pins.has_others().map_err(KernelError::from)?;
+        let tracked = if succeeds {
+            tracked?;
+            Ok(self.begin_to_enforce()?)
+        } else {
+            tracked
+        };
         // An interface that refuses the program must not keep the others from enforcing.
         let attached = self.attach();
-        let drift = if self.datapath.mode()? == Mode::Enforce {
+        let drift = if enforced || succeeds {
             tracked
         } else {
-            // Enforcing without connections would cut what is open.
+            // From the line before on every new connection is judged, and its proof is recorded.
             tracked?;
-            // In this order: from here on every new connection is judged, and its proof is recorded; then those that were
-            // there before get theirs; then what has none is dropped.
-            let proven = prove_existing(&self.pins, self.datapath.proofs(), self.proof)?;
-            self.datapath.set_mode(Mode::Enforce)?;
-            tracing::info!(connections = proven, "policies are enforced; connections that existed live on");
-            // That the rule was not there yet is no drift.
-            Ok(Vec::new())
+            self.begin_to_enforce()
         };
+        if attached.is_ok() {
+            self.supersede();
+        }
         self.inherited = false;
         if let Some((log, _)) = &self.log {
             log.enforced(goal);
@@ -325,6 +366,7 @@ impl Backend for Ebpf {
             tracing::warn!(line, "somebody changed what is enforced");
         }
         let rule_writes = attached?;
+        self.supersede();
         drift.extend(tracked?);
         Ok(Applied { set_writes, rule_writes, drift, degraded: Vec::new() })
     }

@@ -3,12 +3,14 @@
 //! An update of a map of maps by the system call returns only then: kernel/bpf/syscall.c, maybe_wait_bpf_programs, waits
 //! for an RCU grace period, and programs run within RCU's read side. It takes a few milliseconds, so it is begun as soon
 //! as it is known that it will be needed, on a thread of its own.
-#![expect(unsafe_code, reason = "a system call that no crate of ours wraps")]
+#![expect(unsafe_code, reason = "a descriptor that the kernel has just given")]
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+
+use super::syscall::bpf;
 
 /// include/uapi/linux/bpf.h.
 const BPF_MAP_CREATE: libc::c_long = 0;
@@ -18,7 +20,7 @@ const BPF_MAP_TYPE_ARRAY_OF_MAPS: u32 = 12;
 
 /// The attributes of BPF_MAP_CREATE, as far as they are needed.
 #[repr(C)]
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct Create {
     map_type: u32,
     key_size: u32,
@@ -38,16 +40,8 @@ struct Update {
     flags: u64,
 }
 
-fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<libc::c_long> {
-    let size = size_of::<T>();
-    // SAFETY: the kernel reads `size` bytes of attributes, which live through the call; what they point to does too,
-    // as their makers below say.
-    let outcome = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size) };
-    if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(outcome) }
-}
-
-fn create(attributes: &Create) -> io::Result<OwnedFd> {
-    let fd = bpf(BPF_MAP_CREATE, attributes)?;
+fn create(mut attributes: Create) -> io::Result<OwnedFd> {
+    let fd = bpf(BPF_MAP_CREATE, &mut attributes)?;
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
     // SAFETY: the kernel has just given the descriptor to us, and nobody else has it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
@@ -65,7 +59,7 @@ impl Pair {
         let value = self.inner.as_raw_fd();
         bpf(
             BPF_MAP_UPDATE_ELEM,
-            &Update {
+            &mut Update {
                 map_fd: self.outer.as_raw_fd().cast_unsigned(),
                 pad: 0,
                 // Both live until the call has ended.
@@ -89,8 +83,8 @@ impl Grace {
     /// The maps that it takes could not be made.
     pub(super) fn new() -> io::Result<Self> {
         let array = Create { key_size: 4, value_size: 4, max_entries: 1, ..Create::default() };
-        let inner = create(&Create { map_type: BPF_MAP_TYPE_ARRAY, ..array })?;
-        let outer = create(&Create {
+        let inner = create(Create { map_type: BPF_MAP_TYPE_ARRAY, ..array })?;
+        let outer = create(Create {
             map_type: BPF_MAP_TYPE_ARRAY_OF_MAPS,
             inner_map_fd: inner.as_raw_fd().cast_unsigned(),
             ..array

@@ -13,7 +13,7 @@ use npm_policy::goal::Goal;
 use super::any_maps::AnyMaps;
 use super::attach::AttachError;
 use super::btf::BtfError;
-use super::datapath::LEAST_PROOFS;
+use super::datapath::{LEAST_PROOFS, RECENT};
 use super::denials::EVENTS;
 use super::maps::{ApplyError, MapsError, Writes};
 use super::packet::opening;
@@ -119,6 +119,7 @@ impl Kernel {
         let mut loader = EbpfLoader::new();
         // No connection is proven here: the map need not have the room of one that enforces.
         loader.map_max_entries("PROOFS", LEAST_PROOFS);
+        loader.map_max_entries(RECENT, 1);
         loader.map_max_entries(EVENTS, LEAST_PROOFS);
         let mut ebpf = loader.load(width.object()).map_err(|error| permitted(error, KernelError::Object))?;
         let program = ebpf.program_mut(VERDICT).ok_or(KernelError::Missing { name: VERDICT })?;

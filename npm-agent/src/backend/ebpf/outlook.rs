@@ -2,8 +2,9 @@
 //! programs of others in front of it, connections that are not tracked.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 
-use crate::escape::{Board, Escape, Origin};
+use crate::escape::{Board, Escape, Origin, Subject};
 use crate::interfaces::Index;
 
 /// What is known now, and where it is told.
@@ -23,13 +24,19 @@ impl Outlook {
         self.board = Some(board);
     }
 
-    /// An interface has the program, and these programs before it.
-    pub(super) fn attached(&mut self, index: Index, name: &str, before: impl IntoIterator<Item = String>) {
+    /// An interface has the program, and these programs before it; or the kernel does not let itself be asked for them.
+    pub(super) fn attached(&mut self, index: Index, name: &str, before: io::Result<Vec<String>>) {
         self.without.remove(&index);
-        let before: BTreeSet<Escape> = before
-            .into_iter()
-            .map(|program| Escape::ProgramBefore { interface: name.to_owned(), program })
-            .collect();
+        let before = match before {
+            Ok(before) => before
+                .into_iter()
+                .map(|program| Escape::ProgramBefore { interface: name.to_owned(), program })
+                .collect(),
+            Err(error) => BTreeSet::from([Escape::Unknown {
+                subject: Subject::Programs,
+                reason: format!("on {name}: {error}"),
+            }]),
+        };
         self.before.insert(index, before);
     }
 
@@ -83,12 +90,16 @@ mod tests {
         outlook.report_to(board.clone());
         outlook.refused(Index(3), "eth0", "no".to_owned());
         assert_eq!(names(), [], "until all were looked at");
-        outlook.attached(Index(4), "eth1", ["other".to_owned()]);
+        outlook.attached(Index(4), "eth1", Ok(vec!["other".to_owned()]));
         outlook.tell();
         assert_eq!(names(), [(Effect::Unjudged, "without-program"), (Effect::Unknown, "program-before")]);
-        outlook.attached(Index(3), "eth0", []);
+        outlook.attached(Index(3), "eth0", Ok(Vec::new()));
         outlook.forget(Index(4));
         assert_eq!(names(), []);
+        outlook.attached(Index(3), "eth0", Err(io::ErrorKind::PermissionDenied.into()));
+        outlook.tell();
+        assert_eq!(names(), [(Effect::Unknown, "unknown")], "not to be told is not to be fine");
+        outlook.attached(Index(3), "eth0", Ok(Vec::new()));
         outlook.refused(Index(5), "eth2", "no".to_owned());
         outlook.tell();
         outlook.close();

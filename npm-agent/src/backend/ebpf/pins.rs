@@ -200,6 +200,48 @@ impl Pins {
         Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
+    /// What processes of other schemas have left of this instance.
+    ///
+    /// # Errors
+    /// The directory can't be read.
+    fn others(&self) -> Result<Vec<PathBuf>, PinsError> {
+        let own = format!("v{SCHEMA}");
+        let is_other = |name: &String| *name != own && name.starts_with('v');
+        Ok(names(&self.instance)?.into_iter().filter(is_other).map(|name| self.instance.join(name)).collect())
+    }
+
+    /// Whether a program of another schema may be attached.
+    ///
+    /// # Errors
+    /// The directory can't be read.
+    pub(super) fn has_others(&self) -> Result<bool, PinsError> {
+        Ok(!self.others()?.is_empty())
+    }
+
+    /// Takes away what processes of other schemas have left, and with it their links; gives the number of files.
+    ///
+    /// # Errors
+    /// Something is still there.
+    pub(super) fn remove_others(&self) -> Result<usize, PinsError> {
+        let mut removed = 0;
+        for version in self.others()? {
+            removed += remove_tree(&version.join("links"))?;
+            removed += remove_tree(&version)?;
+        }
+        Ok(removed)
+    }
+
+    /// Takes away the links; gives how many there were.
+    ///
+    /// # Errors
+    /// Some are still there.
+    pub(super) fn remove_links(&self) -> Result<usize, PinsError> {
+        let links = self.version().join("links");
+        let removed = remove_tree(&links)?;
+        make_directory(&links)?;
+        Ok(removed)
+    }
+
     /// Takes away everything of this instance, of whatever schema. Links go first: no program is without its maps.
     /// Gives the number of files.
     ///

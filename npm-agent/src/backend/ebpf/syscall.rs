@@ -1,0 +1,68 @@
+//! bpf(2) itself, for what aya does not offer.
+#![expect(unsafe_code, reason = "a system call that no crate of ours wraps")]
+
+use std::io;
+
+use crate::interfaces::Index;
+
+/// include/uapi/linux/bpf.h.
+const BPF_PROG_QUERY: libc::c_long = 16;
+const BPF_TCX_EGRESS: u32 = 47;
+
+/// More programs than anybody attaches to one interface; the kernel refuses more than 63 links at one place
+/// (BPF_MPROG_MAX, include/linux/bpf_mprog.h).
+const MAX_PROGRAMS: usize = 64;
+
+/// The attributes of BPF_PROG_QUERY.
+#[repr(C)]
+struct Query {
+    target_ifindex: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    prog_ids: u64,
+    count: u32,
+    pad: u32,
+    prog_attach_flags: u64,
+    link_ids: u64,
+    link_attach_flags: u64,
+    revision: u64,
+}
+
+/// Calls bpf(2). What the attributes point to has to live until it returns, and be as long as they say.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long> {
+    let size = size_of::<T>();
+    // SAFETY: the kernel reads and writes `size` bytes of attributes, which live through the call; what they point to does
+    // too, as their makers say.
+    let outcome = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes), size) };
+    if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(outcome) }
+}
+
+/// The numbers of the programs at an interface's TCX egress, in the order in which a packet meets them. The agent may ask
+/// for numbers; to ask for more by a number takes CAP_SYS_ADMIN, which it is not granted.
+///
+/// # Errors
+/// EINVAL: the kernel has no TCX (before 6.6). ENODEV: the interface is gone.
+pub(super) fn tcx_egress(interface: Index) -> io::Result<Vec<u32>> {
+    let mut ids = [0_u32; MAX_PROGRAMS];
+    let mut query = Query {
+        target_ifindex: interface.0,
+        attach_type: BPF_TCX_EGRESS,
+        query_flags: 0,
+        attach_flags: 0,
+        // It lives until the call has ended.
+        prog_ids: ids.as_mut_ptr() as u64,
+        count: MAX_PROGRAMS as u32,
+        pad: 0,
+        prog_attach_flags: 0,
+        link_ids: 0,
+        link_attach_flags: 0,
+        revision: 0,
+    };
+    bpf(BPF_PROG_QUERY, &mut query)?;
+    let count = usize::try_from(query.count).map_err(io::Error::other)?;
+    Ok(ids[..count.min(MAX_PROGRAMS)].to_vec())
+}
