@@ -17,5 +17,6 @@ pub mod property;
 pub mod random;
 pub mod scenario;
 pub mod sequence;
+pub mod statistics;
 pub mod table;
 pub mod tls;

@@ -7,6 +7,7 @@ pub mod relay;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
 use std::process::Child;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -80,13 +81,22 @@ impl Prometheus {
     /// # Errors
     /// It does not start, or does not take the configuration.
     pub fn start(config: &str, files: &[(&str, String)]) -> Result<Self> {
-        let directory = tempfile::tempdir().context("making a directory for Prometheus")?;
-        for (name, content) in files.iter().map(|(name, content)| (*name, content.as_str())) {
-            std::fs::write(directory.path().join(name), content).context("writing Prometheus' files")?;
-        }
-        let path = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
-        std::fs::write(path("prometheus.yml"), config).context("writing Prometheus' configuration")?;
-        exec::run("promtool", &["check", "config", &path("prometheus.yml")])?;
+        let directory = files_of(config, files)?;
+        exec::run("promtool", &["check", "config", &text(&directory.path().join("prometheus.yml"))])?;
+        Self::run(&["prometheus".to_owned()], directory)
+    }
+
+    /// The same, by these words, which become a Prometheus with the arguments that follow; not necessarily the one that
+    /// `promtool` belongs to.
+    ///
+    /// # Errors
+    /// As [`Prometheus::start`].
+    pub fn start_as(words: &[String], config: &str, files: &[(&str, String)]) -> Result<Self> {
+        Self::run(words, files_of(config, files)?)
+    }
+
+    fn run(words: &[String], directory: TempDir) -> Result<Self> {
+        let path = |name: &str| text(&directory.path().join(name));
         // Somebody may take the port before Prometheus does; then it ends, and the test says so.
         let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("finding a port")?;
         let address = free.local_addr().context("asking for the port")?;
@@ -97,7 +107,8 @@ impl Prometheus {
             format!("--storage.tsdb.path={}", path("data")),
             format!("--web.listen-address={address}"),
         ];
-        let child = exec::start("prometheus", &args, &log)?;
+        let (program, own) = words.split_first().context("no program")?;
+        let child = exec::start(program, &[own, &args].concat(), &log)?;
         let mut prometheus = Self { child, address, directory };
         let deadline = Instant::now() + PATIENCE;
         while prometheus.get("/-/ready").is_err() {
@@ -234,6 +245,21 @@ impl Drop for Prometheus {
             let _ = self.child.wait();
         }
     }
+}
+
+/// A directory with a configuration and the files beside it.
+fn files_of(config: &str, files: &[(&str, String)]) -> Result<TempDir> {
+    let directory = tempfile::tempdir().context("making a directory for Prometheus")?;
+    for (name, content) in files.iter().map(|(name, content)| (*name, content.as_str())) {
+        std::fs::write(directory.path().join(name), content).context("writing Prometheus' files")?;
+    }
+    std::fs::write(directory.path().join("prometheus.yml"), config)
+        .context("writing Prometheus' configuration")?;
+    Ok(directory)
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
 }
 
 /// Percent-encoded, for a query string.

@@ -9,15 +9,17 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use aya::programs::LinkOrder;
 use aya::programs::tc::TcAttachOptions;
+use npm_agent::backend::meter::Timekeeping;
 use npm_agent::config::value::BackendKind;
 use npm_policy::flow::Transport;
 use npm_policy::model::Protocol;
-use npm_tests::lab::agent::{Agent, Settings};
+use npm_tests::lab::agent::{Agent, Settings, get};
 use npm_tests::lab::netns::Netns;
 use npm_tests::lab::other::Other;
 use npm_tests::lab::probe::{Outcome, Probe};
 use npm_tests::lab::service::Dialect;
 use npm_tests::lab::{Lab, Spec, require_root};
+use npm_tests::statistics::Statistics;
 use serde_json::Value;
 
 const CLIENT: [&str; 2] = ["10.241.0.2", "fd00:241::2"];
@@ -155,13 +157,21 @@ fn told_of_others(node: &Netns, agent: &mut Agent) -> Result<()> {
     }
 }
 
-/// Starts an agent with these capabilities and says what traffic sees of its policy: allowed, denied.
+/// What is seen of an agent.
+struct Seen {
+    /// By traffic, of its policy: allowed, denied.
+    outcomes: Vec<Outcome>,
+    /// By Prometheus.
+    metrics: String,
+}
+
+/// Starts an agent with these capabilities and looks at what it does.
 fn seen(
     backend: BackendKind,
     dialect: Dialect,
     grant: &Grant,
     capabilities: &BTreeSet<String>,
-) -> Result<Vec<Outcome>> {
+) -> Result<Seen> {
     let mut lab = Lab::build(&Spec::one_node(&[("client", CLIENT), ("server", SERVER)])?)?;
     let ports = PORTS.map(|port| Transport::Port(Protocol::Tcp, port));
     lab.listen(&ports)?;
@@ -182,14 +192,16 @@ fn seen(
     let under = grant.confinement(capabilities, directory.path());
     let mut agent = Agent::start_under(&node, settings, under)?;
     let settled = settle(&mut agent);
-    let outcomes = settled.and_then(|()| {
+    let seen = settled.and_then(|()| {
         if backend == BackendKind::Ebpf {
             told_of_others(&node, &mut agent)?;
         }
         let (from, source) = (lab.find("client")?, CLIENT[0].parse()?);
         let destination = SERVER[0].parse()?;
         let probes = ports.map(|transport| Probe { from, source, destination, transport, expected: None });
-        lab.probe(&probes)
+        let outcomes = lab.probe(&probes)?;
+        let (_, metrics) = get(&node, "127.0.0.1:10091", "/node-metrics")?;
+        Ok(Seen { outcomes, metrics })
     });
     agent.kill()?;
     let cleanup = Grant::of_container(&shipped("overlays/cleanup/daemonset.yaml")?)?;
@@ -197,35 +209,54 @@ fn seen(
     words.extend([npm_tests::lab::agent::binary()?.to_string_lossy().into_owned(), "cleanup".to_owned()]);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     node.exec(words[0], &words[1..]).context("cleaning up with what the overlay grants")?;
-    outcomes
+    seen
 }
 
-fn enforces_with_what_is_granted(backend: BackendKind) -> Result<()> {
+fn enforces_with_what_is_granted(backend: BackendKind, check: fn(&str) -> Result<()>) -> Result<()> {
     if !require_root() {
         return Ok(());
     }
     let grant = Grant::of(backend)?;
     let all = grant.capabilities.clone();
     for dialect in Dialect::BOTH {
-        let outcomes = seen(backend, dialect, &grant, &all).with_context(|| format!("with {all:?}"))?;
+        let Seen { outcomes, metrics } =
+            seen(backend, dialect, &grant, &all).with_context(|| format!("with {all:?}"))?;
         ensure!(outcomes == [Outcome::Answered, Outcome::Blocked], "{dialect:?} with {all:?}: {outcomes:?}");
+        check(&metrics)?;
     }
     for less in &all {
         let mut others = all.clone();
         others.remove(less);
         // It asks for more than iptables-nft: raw sockets.
-        let outcomes = seen(backend, Dialect::Legacy, &grant, &others);
-        ensure!(outcomes.is_err(), "it works without {less}: {outcomes:?}");
+        let seen = seen(backend, Dialect::Legacy, &grant, &others).map(|seen| seen.outcomes);
+        ensure!(seen.is_err(), "it works without {less}: {seen:?}");
     }
     Ok(())
 }
 
 #[test]
 fn iptables_needs_what_is_granted_and_no_more() -> Result<()> {
-    enforces_with_what_is_granted(BackendKind::Iptables)
+    enforces_with_what_is_granted(BackendKind::Iptables, |_| Ok(()))
 }
 
 #[test]
 fn ebpf_needs_what_is_granted_and_no_more() -> Result<()> {
-    enforces_with_what_is_granted(BackendKind::Ebpf)
+    if !require_root() {
+        return Ok(());
+    }
+    let mut statistics = Statistics::hold()?;
+    statistics.set(Timekeeping::On)?;
+    enforces_with_what_is_granted(BackendKind::Ebpf, |metrics| {
+        // It is read within the container: what the node has the kernel count, and the count.
+        for (name, least) in [
+            ("npm_node_program_statistics", 1.0),
+            ("npm_node_program_runs_total", 2.0),
+            ("npm_node_program_run_seconds_total", 1e-9),
+        ] {
+            let line = metrics.lines().find(|line| line.starts_with(&format!("{name}{{")));
+            let number = line.and_then(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
+            ensure!(number.is_some_and(|number| number >= least), "{name} is {number:?}:\n{metrics}");
+        }
+        Ok(())
+    })
 }

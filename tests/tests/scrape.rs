@@ -1,27 +1,33 @@
 //! The agent as a process, asked for its metrics over HTTP as Prometheus does.
 
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use npm_agent::backend::meter::Timekeeping;
 use npm_agent::metrics::Scope;
 use npm_policy::flow::Transport;
 use npm_policy::model::Protocol;
 use npm_tests::apiserver::{self, Server};
-use npm_tests::lab::agent::{Agent, Settings, binary};
-use npm_tests::lab::netns::{Namespaces, Netns};
+use npm_tests::lab::agent::{Agent, Settings, binary, get};
+use npm_tests::lab::netns::Namespaces;
 use npm_tests::lab::node::Layout;
 use npm_tests::lab::probe::{Outcome, Probe};
 use npm_tests::lab::{Host, Lab, Spec, require_root};
+use npm_tests::monitoring::{Prometheus, is_installed, panels, relay};
+use npm_tests::statistics::Statistics;
 use serde_json::{Value, json};
+
+#[path = "scrape/discovery.rs"]
+mod discovery;
 
 const NODE: &str = "n1";
 
 /// Not the default: so the setting is honoured.
 const ADDRESS: &str = "127.0.0.2:10191";
 
-/// How long the server may take to listen, and to answer.
+/// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 const MANIFESTS: &str = "
@@ -46,26 +52,6 @@ kind: NetworkPolicy
 metadata: {name: web, namespace: x}
 spec: {podSelector: {}, ingress: [{from: [{podSelector: {}}], ports: [{port: 80}]}]}
 ";
-
-/// Code and body. The server listens shortly after the start: until then it is asked again.
-fn get(node: &Netns, address: &str, path: &str) -> Result<(u16, String)> {
-    node.run(|| {
-        let deadline = Instant::now() + PATIENCE;
-        let mut stream = loop {
-            match TcpStream::connect(address) {
-                Ok(stream) => break stream,
-                Err(error) if Instant::now() > deadline => return Err(error).context("reaching the agent"),
-                Err(_) => std::thread::sleep(Duration::from_millis(20)),
-            }
-        };
-        stream.set_read_timeout(Some(PATIENCE))?;
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let (head, body) = answer.split_once("\r\n\r\n").context("a head and a body")?;
-        Ok((head.split(' ').nth(1).context("a code")?.parse()?, body.to_owned()))
-    })
-}
 
 /// The value of a series that has no label.
 fn value(text: &str, name: &str) -> Option<f64> {
@@ -160,6 +146,7 @@ struct Fleet {
 
 const NODES: [(&str, &str); 2] = [("n1", "ebpf"), ("n2", "iptables")];
 const PODS: [(&str, &str); 2] = [("a", "10.241.0.2"), ("b", "10.241.1.2")];
+const PORT: u16 = 10091;
 const LISTENING: &str = "127.0.0.1:10091";
 
 impl Fleet {
@@ -200,7 +187,7 @@ impl Fleet {
         let more = [
             ["--source", "kube"],
             ["--kubeconfig", &kubeconfig.to_string_lossy()],
-            ["--listening-address", "127.0.0.1"],
+            ["--listening-address", "0.0.0.0"],
             ["--instance", netns.name()],
             ["--verify-interval", "200ms"],
             ["--log-denied", if backend == "ebpf" { "flows" } else { "never" }],
@@ -348,6 +335,106 @@ fn two_backends_tell_of_one_cluster_and_each_of_its_packets() -> Result<()> {
     let sets = series(&text, "npm_node_store_entries", &[("backend", "iptables"), ("store", "sets")]);
     ensure!(sets.is_some_and(|sets| sets >= 2.0), "{sets:?}:\n{text}");
 
+    // A policy more writes the chain anew that counts denied packets: what it counted stays counted.
+    let denied = count("iptables", "ingress", "denied")(&text);
     fleet.server.store().put(policy("more", "b", "ingress", "from", "b", &[9]));
-    same(&fleet, 3.0).map(drop)
+    same(&fleet, 3.0)?;
+    let of_iptables = |name: &'static str| move |text: &str| series(text, name, &[("backend", "iptables")]);
+    let (policies, verifies) =
+        (of_iptables("npm_node_policies"), of_iptables("npm_node_verify_seconds_count"));
+    let text = fleet.wait("n2", Scope::Node, |text| policies(text) == Some(2.0))?;
+    let text = fleet.wait("n2", Scope::Node, |later| verifies(later) > verifies(&text))?;
+    ensure!(count("iptables", "ingress", "denied")(&text) >= denied, "{denied:?} before:\n{text}");
+    Ok(())
+}
+
+/// What the kernel has timed of the program until now: runs, seconds.
+fn timed(text: &str) -> Result<(f64, f64)> {
+    let of = |name: &str| {
+        series(text, name, &[("backend", "ebpf")]).with_context(|| format!("no {name} in\n{text}"))
+    };
+    Ok((of("npm_node_program_runs_total")?, of("npm_node_program_run_seconds_total")?))
+}
+
+/// Seconds that a packet may take in the program on a machine that stops now and then.
+const PLAUSIBLE: std::ops::Range<f64> = 10e-9..10e-3;
+
+/// Whether the eBPF agent's node has its program timed.
+const STATISTICS: &str = r#"npm_node_program_statistics{backend="ebpf"}"#;
+
+#[test]
+fn the_program_is_timed_while_the_node_has_it_timed() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    // Each makes three packets at least, one for each port.
+    const ROUNDS: u32 = 10;
+    let mut statistics = Statistics::hold()?;
+    let mut fleet = Fleet::start()?;
+    for timekeeping in [Timekeeping::Off, Timekeeping::On, Timekeeping::Off] {
+        statistics.set(timekeeping)?;
+        let before = timed(&fleet.scrape("n1", Scope::Node)?)?;
+        for _ in 0..ROUNDS {
+            fleet.outcomes()?;
+        }
+        let text = fleet.scrape("n1", Scope::Node)?;
+        let now = timed(&text)?;
+        match timekeeping {
+            Timekeeping::Off => {
+                assert_eq!(value(&text, STATISTICS), Some(0.0), "{text}");
+                ensure!(now == before, "{before:?} became {now:?}");
+            }
+            Timekeeping::On => {
+                assert_eq!(value(&text, STATISTICS), Some(1.0), "{text}");
+                let (runs, seconds) = (now.0 - before.0, now.1 - before.1);
+                ensure!(runs >= f64::from(ROUNDS * 3), "{runs} runs");
+                ensure!(PLAUSIBLE.contains(&(seconds / runs)), "{seconds} seconds for {runs} runs");
+            }
+        }
+    }
+    let text = fleet.scrape("n2", Scope::Node)?;
+    ensure!(!text.contains("npm_node_program_"), "nothing is timed under iptables:\n{text}");
+    Ok(())
+}
+
+#[test]
+fn the_dashboards_show_the_programs_time() -> Result<()> {
+    if !require_root() || !is_installed() {
+        return Ok(());
+    }
+    let mut statistics = Statistics::hold()?;
+    statistics.set(Timekeeping::On)?;
+    let mut fleet = Fleet::start()?;
+    let mut config = "global: {scrape_interval: 500ms}\nscrape_configs:\n\
+                      - job_name: nodes\n  metrics_path: /node-metrics\n  static_configs:\n"
+        .to_owned();
+    for (node, _) in NODES {
+        let address = relay::into_namespace(fleet.lab.netns(node)?, PORT)?;
+        config.push_str(&format!("  - targets: [\"{address}\"]\n    labels: {{instance: {node}}}\n"));
+    }
+    let prometheus = Prometheus::start(&config, &[])?;
+    prometheus.wait("count(npm_node_verdicts_total)", |series| series > 0.0)?;
+
+    let grafana = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/grafana");
+    let dashboards = panels::dashboards(&grafana)?;
+    let all = dashboards.iter().flat_map(|(_, dashboard)| panels::queries(dashboard));
+    let queries: Vec<_> = all.filter(|query| query.expression.contains("npm_node_program_")).collect();
+    ensure!(queries.len() == 2, "the time and whether there is one: {queries:?}");
+    let deadline = Instant::now() + PATIENCE;
+    for query in queries {
+        let expression = panels::substituted(&query.expression, "1m");
+        let result = loop {
+            fleet.outcomes()?;
+            let result = prometheus.query(&expression)?;
+            // A rate needs two scrapes, and packets between them.
+            if !result.is_empty() || Instant::now() > deadline {
+                break result;
+            }
+        };
+        let [one] = result.as_slice() else { anyhow::bail!("{expression}: {result:?}") };
+        let number: f64 = one["value"][1].as_str().context("a number")?.parse()?;
+        let wanted = if expression.contains("seconds") { PLAUSIBLE } else { 1.0..1.5 };
+        ensure!(one["metric"]["instance"] == "n1" && wanted.contains(&number), "{expression}: {one}");
+    }
+    Ok(())
 }

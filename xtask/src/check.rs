@@ -13,7 +13,7 @@ use crate::exec::Program;
 use crate::sink::Sink;
 use crate::summary::{self, Counts};
 use crate::tree::Tree;
-use crate::{dashboards, ebpf, manifests, packages};
+use crate::{dashboards, ebpf, manifests, packages, prometheus};
 
 /// One step of the check.
 struct Step {
@@ -99,6 +99,11 @@ const STEPS: &[Step] = &[
             // Without them the step `manifests` has failed, and said why.
             if let Ok(tools) = manifests::tools(tree, log) {
                 cargo = cargo.env(manifests::TOOLS, tools);
+            }
+            match prometheus::program(tree, log) {
+                Ok(program) => cargo = cargo.env(prometheus::PROGRAM, program),
+                // In CI the test that wants it fails, elsewhere it is skipped.
+                Err(error) => log.say(&format!("no Prometheus that knows Kubernetes: {error:#}"))?,
             }
             // An error says what it was about; the frames of the test runner bury it.
             cargo = cargo.env("RUST_BACKTRACE", "0");

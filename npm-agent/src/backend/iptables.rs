@@ -306,7 +306,10 @@ impl Iptables {
     }
 
     fn transact(&self, family: Family, transaction: &Transaction, left: &mut Left) -> Result<(), Failure> {
-        let Err(error) = self.write_rules(self.variant, family, transaction) else { return Ok(()) };
+        let Err(error) = self.write_rules(self.variant, family, transaction) else {
+            self.counted.rewritten(family, transaction.chains.keys());
+            return Ok(());
+        };
         let probe = |rule: &_| self.probe(family, rule);
         // While someone holds the lock nothing is taken: that says nothing of any rule.
         let learnt = match (&error, left.states.get_mut(&family)) {

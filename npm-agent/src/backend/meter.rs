@@ -1,5 +1,7 @@
 //! What a backend counts, for whoever asks at any moment and on any thread: each scrape does.
 
+use std::time::Duration;
+
 /// Reads what a backend counts. It outlives whatever the backend is at, and waits for none of it.
 pub type Meter = Box<dyn Fn() -> Reading + Send + Sync>;
 
@@ -14,8 +16,32 @@ pub struct Reading {
     pub verdicts: Vec<(Direction, Judged, u64)>,
     /// Packets that were denied and are in no line of the log, by why; also where nothing is logged.
     pub unlogged: Vec<(&'static str, u64)>,
+    /// What the kernel has timed of the backend's programs.
+    pub timed: Vec<Timed>,
+    /// Whether the kernel times programs.
+    pub timekeeping: Option<Timekeeping>,
     /// How full everything is that has a limit.
     pub stores: Vec<Store>,
+}
+
+/// What the kernel has timed of one program since it was loaded, while it was asked to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Timed {
+    /// The program's name.
+    pub program: String,
+    /// How often it ran.
+    pub runs: u64,
+    /// How long these runs took in sum, on all CPUs.
+    pub took: Duration,
+}
+
+/// Whether the kernel times programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timekeeping {
+    /// It does not, so what is timed stands still.
+    Off,
+    /// It does.
+    On,
 }
 
 /// Whose policies.

@@ -242,6 +242,12 @@ catalogue! {
         "Packets that were dropped.";
     UNLOGGED: Counter Node "npm_node_unlogged_denials_total" ["backend", "reason"]
         "Packets that were denied and are in no line of the log of denied flows.";
+    PROGRAM_RUNS: Counter Node "npm_node_program_runs_total" ["backend", "program"]
+        "Runs of the eBPF program that the kernel has timed, one for each packet that leaves by an interface.";
+    PROGRAM_SECONDS: Counter Node "npm_node_program_run_seconds_total" ["backend", "program"]
+        "Seconds that those runs took, on all CPUs together.";
+    PROGRAM_STATISTICS: Gauge Node "npm_node_program_statistics" ["backend"]
+        "1 while the node has the kernel time eBPF programs (kernel.bpf_stats_enabled), 0 while it does not.";
     STORE_ENTRIES: Gauge Node "npm_node_store_entries" ["backend", "store"]
         "Entries in use of what holds so much and no more: eBPF maps, IP sets.";
     STORE_LIMIT: Gauge Node "npm_node_store_limit" ["backend", "store"]

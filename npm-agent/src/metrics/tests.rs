@@ -9,7 +9,7 @@ use npm_policy::world::Change;
 
 use super::catalogue::{ALL, Declared, Kind};
 use super::*;
-use crate::backend::meter::{Direction, Judged, Reading, Store};
+use crate::backend::meter::{Direction, Judged, Reading, Store, Timed, Timekeeping};
 use crate::backend::{Degraded, Write, Written};
 use crate::escape::{Board, Engine};
 use crate::reconcile::backoff::Backoff;
@@ -265,6 +265,8 @@ fn reading() -> Reading {
         drops: vec![("egress_denied", 2)],
         verdicts: vec![(Direction::Egress, Judged::Denied, 2)],
         unlogged: vec![("ring_full", 1)],
+        timed: vec![Timed { program: "mark_cast".to_owned(), runs: 5, took: Duration::from_nanos(750) }],
+        timekeeping: Some(Timekeeping::On),
         stores: vec![Store { name: "rows", used: 3, limit: 4 }],
     }
 }
@@ -277,6 +279,9 @@ fn what_a_backend_counts_is_told_with_its_labels() {
         "npm_node_drops_total{backend=\"fake\",reason=\"egress_denied\"} 2",
         "npm_node_verdicts_total{backend=\"fake\",direction=\"egress\",verdict=\"denied\"} 2",
         "npm_node_unlogged_denials_total{backend=\"fake\",reason=\"ring_full\"} 1",
+        "npm_node_program_runs_total{backend=\"fake\",program=\"mark_cast\"} 5",
+        "npm_node_program_run_seconds_total{backend=\"fake\",program=\"mark_cast\"} 0.00000075",
+        "npm_node_program_statistics{backend=\"fake\"} 1",
         "npm_node_store_entries{backend=\"fake\",store=\"rows\"} 3",
         "npm_node_store_limit{backend=\"fake\",store=\"rows\"} 4",
         "npm_node_escapes{reason=\"ipsec\",effect=\"none\"} 0",
@@ -362,8 +367,10 @@ fn a_large_clusters_sets_are_told_one_by_one() {
     }));
     let metrics = Metrics::new();
     metrics.counted(compiler.census(), compiler.world().size());
+    const BAR: Duration = Duration::from_millis(50);
     let mut fastest = Duration::MAX;
-    for _ in 0..5 {
+    // On a busy machine one time says little.
+    for _ in 0..20 {
         let start = Instant::now();
         let text = metrics.render(Scope::Cluster);
         fastest = fastest.min(start.elapsed());
@@ -372,5 +379,6 @@ fn a_large_clusters_sets_are_told_one_by_one() {
         assert!(sets.iter().all(|line| line.ends_with(" 4")), "{}", sets[0]);
         assert!(text.contains("npm_num_ipset_entries 20000\n"));
     }
+    assert!(fastest <= BAR, "20,000 pods, 5,000 sets: rendered in {fastest:?}");
     println!("20,000 pods, 5,000 sets: rendered in {fastest:?}");
 }

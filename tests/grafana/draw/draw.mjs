@@ -80,7 +80,7 @@ for (const [name, figures] of Object.entries(dashboards)) {
     tab.on('console', (message) => message.type() === 'error' && process.env.VERBOSE && console.error(message.text()));
     await tab.setViewport({ width: WIDTH, height });
     await tab.goto(address, { waitUntil: 'load', timeout: PATIENCE });
-    const report = await settled(tab, dashboard.panels.filter(({ type }) => type !== 'row').length);
+    const report = await settled(tab, dashboard.panels.filter(({ type }) => type !== 'row'));
     await tab.screenshot({ path: join(output, `${name.replace('.json', '')}-${colours}.png`) });
     for (const panel of report) {
       const where = `${name}: ${panel.title} (${colours})`;
@@ -107,12 +107,15 @@ complaints.forEach((complaint) => console.error(complaint));
 console.log(`${panels} pictures of panels, in light and in dark: ${output}`);
 process.exit(complaints.length === 0 ? 0 : 1);
 
-/** What each panel says of itself once all are drawn, with `coloured`: pixels of its graph, or letters, that are there. */
-async function settled(tab, count) {
-  await tab.waitForFunction((count) => window.report?.length === count, { timeout: PATIENCE }, count);
+/** What each panel says of itself once all are drawn, with `coloured`: pixels of its graph, or numbers and words for numbers, that are there. */
+async function settled(tab, panels) {
+  await tab.waitForFunction((count) => window.report?.length === count, { timeout: PATIENCE }, panels.length);
+  const words = Object.fromEntries(
+    panels.map(({ id, fieldConfig }) => [id, (fieldConfig.defaults.mappings ?? []).flatMap(({ options }) => Object.values(options).map(({ text }) => text))]),
+  );
   // Graphs and tables measure themselves first.
   await new Promise((done) => setTimeout(done, 3000));
-  return tab.evaluate(() =>
+  return tab.evaluate((words) =>
     window.report.map((panel) => {
       const element = document.getElementById(`panel-${panel.id}`);
       if (!element) {
@@ -131,7 +134,10 @@ async function settled(tab, count) {
       };
       const text = [...element.querySelectorAll('*')].filter(({ children }) => children.length === 0).map(({ textContent }) => textContent).join(' ');
       const graph = panel.type === 'timeseries';
-      return { ...panel, coloured: graph ? canvases.reduce((sum, canvas) => sum + drawn(canvas), 0) : /\d/.test(text.replace(panel.title, '')) ? 1 : 0, text: text.slice(0, 400) };
+      const rest = text.replace(panel.title, '');
+      const said = /\d/.test(rest) || words[panel.id].some((word) => rest.includes(word));
+      return { ...panel, coloured: graph ? canvases.reduce((sum, canvas) => sum + drawn(canvas), 0) : said ? 1 : 0, text: text.slice(0, 400) };
     }),
+    words,
   );
 }

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use npm_agent::backend::meter::Timekeeping;
 use npm_policy::flow::Transport;
 use npm_policy::model::Protocol;
 use npm_tests::lab::agent::{Agent, Settings, binary};
@@ -24,6 +25,7 @@ use npm_tests::lab::netns::Netns;
 use npm_tests::lab::probe::Probe;
 use npm_tests::lab::{Lab, Spec};
 use npm_tests::monitoring::{Prometheus, panels, relay};
+use npm_tests::statistics::Statistics;
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
@@ -60,6 +62,9 @@ struct Arguments {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
+    // The eBPF program's time is measured where the node asks for it.
+    let mut statistics = Statistics::hold()?;
+    statistics.set(Timekeeping::On)?;
     let manifests = tempfile::tempdir().context("making a directory of manifests")?;
     let mut cluster = Cluster { directory: manifests.path().to_owned(), turn: 0 };
     cluster.begin()?;

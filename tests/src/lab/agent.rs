@@ -1,6 +1,8 @@
 //! The agent as a process inside a node's namespace.
 
 use std::fs::File;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -61,6 +63,30 @@ pub fn binary() -> Result<PathBuf> {
         );
     }
     Ok(path)
+}
+
+/// What an agent's HTTP server answers within its node: code and body. It listens shortly after the start: until then it is
+/// asked again.
+///
+/// # Errors
+/// It does not listen, or its answer is none.
+pub fn get(node: &Netns, address: &str, path: &str) -> Result<(u16, String)> {
+    node.run(|| {
+        let deadline = Instant::now() + SETTLED;
+        let mut stream = loop {
+            match TcpStream::connect(address) {
+                Ok(stream) => break stream,
+                Err(error) if Instant::now() > deadline => return Err(error).context("reaching the agent"),
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        };
+        stream.set_read_timeout(Some(SETTLED))?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("a head and a body")?;
+        Ok((head.split(' ').nth(1).context("a code")?.parse()?, body.to_owned()))
+    })
 }
 
 impl Agent {

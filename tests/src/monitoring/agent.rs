@@ -3,11 +3,12 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use npm_agent::backend::meter::{Direction, Judged, Meter, Reading, Store};
+use npm_agent::backend::meter::{Direction, Judged, Meter, Reading, Store, Timed, Timekeeping};
 use npm_agent::backend::{Applied, Backend, BackendError, Degraded, Removed, Write, Written};
 use npm_agent::escape::{Board, Engine};
 use npm_agent::metrics::Metrics;
@@ -88,14 +89,24 @@ impl Backend for Scripted {
     }
 
     fn meter(&self) -> Option<Meter> {
-        let script = Arc::clone(&self.script);
+        let (name, script, asked) = (self.name, Arc::clone(&self.script), AtomicU64::new(0));
         Some(Box::new(move || {
             let Script { entries, .. } = *script.lock().unwrap_or_else(PoisonError::into_inner);
+            // A hundred packets between two scrapes, of 200 ns each. Only programs are timed.
+            let runs = asked.fetch_add(100, Ordering::Relaxed);
+            let took = Duration::from_nanos(200 * runs);
+            let timed = (name == "ebpf").then(|| Timed { program: "mark_cast".to_owned(), runs, took });
+            // iptables can't tell what it allows.
+            let allowed = (name == "ebpf").then_some((Direction::Ingress, Judged::Allowed, runs));
+            let denied = (Direction::Ingress, Judged::Denied, 0);
+            let verdicts = std::iter::once(denied).chain(allowed).collect();
             Reading {
                 passes: vec![("established", 1)],
                 drops: vec![("ingress_denied", 0)],
-                verdicts: vec![(Direction::Ingress, Judged::Denied, 0)],
+                verdicts,
                 unlogged: vec![("rate_limit", 0)],
+                timed: timed.into_iter().collect(),
+                timekeeping: (name == "ebpf").then_some(Timekeeping::On),
                 stores: vec![Store { name: "rows", used: entries, limit: 100 }],
             }
         }))

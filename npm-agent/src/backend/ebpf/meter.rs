@@ -1,18 +1,24 @@
-//! What the programs count, and how full their maps are.
+//! What the programs count, what the kernel counts of them, and how full their maps are.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use aya::maps::{Map, MapData, PerCpuArray};
+use aya::programs::ProgramInfo;
 use npm_common::event::Outcome;
 
 use super::denials::Unlogged;
 use super::kernel::KernelError;
 use super::maps::MapsError;
 use super::pins::Pins;
-use crate::backend::meter::{Direction, Judged, Meter, Reading, Store};
+use crate::backend::meter::{Direction, Judged, Meter, Reading, Store, Timed, Timekeeping};
 
 /// The map of counts.
 const OUTCOME: &str = "OUTCOME";
+
+/// 1 while whoever runs the node has programs timed (Documentation/admin-guide/sysctl/kernel.rst), and 0 otherwise, also while
+/// only a descriptor of BPF_ENABLE_STATS does (kernel/bpf/syscall.c, bpf_stats_handler).
+const STATISTICS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 
 /// How full the maps are, as last looked at: the backend writes it, scrapes read it.
 #[derive(Clone, Debug, Default)]
@@ -36,6 +42,7 @@ pub(super) fn meter(pins: &Pins, fill: Fill, unlogged: Unlogged) -> Result<Meter
     let failed = |source| MapsError::Map { name: OUTCOME, source };
     let map = MapData::from_pin(pins.map(OUTCOME)).and_then(Map::from_map_data).map_err(failed)?;
     let counts = PerCpuArray::<_, u64>::try_from(map).map_err(failed)?;
+    let program = pins.program();
     Ok(Box::new(move || {
         let count = |outcome: Outcome| match counts.get(&outcome.slot(), 0) {
             Ok(values) => Some((outcome, values.iter().sum())),
@@ -45,8 +52,31 @@ pub(super) fn meter(pins: &Pins, fill: Fill, unlogged: Unlogged) -> Result<Meter
             }
         };
         let counts: Vec<(Outcome, u64)> = Outcome::ALL.into_iter().filter_map(count).collect();
-        Reading { stores: fill.stores(), unlogged: unlogged.counts(), ..of(&counts) }
+        Reading {
+            stores: fill.stores(),
+            unlogged: unlogged.counts(),
+            timed: timed(&program).into_iter().collect(),
+            timekeeping: timekeeping(),
+            ..of(&counts)
+        }
     }))
+}
+
+/// What the kernel has timed of the program that is pinned at this moment: another takes its place when rows widen.
+fn timed(program: &Path) -> Option<Timed> {
+    let told = ProgramInfo::from_pin(program)
+        .inspect_err(|error| tracing::debug!(%error, "the kernel does not tell of the eBPF program"));
+    let told = told.ok()?;
+    let name = told.name_as_str()?.to_owned();
+    Some(Timed { program: name, runs: told.run_count(), took: told.run_time() })
+}
+
+fn timekeeping() -> Option<Timekeeping> {
+    match std::fs::read_to_string(STATISTICS).ok()?.trim() {
+        "0" => Some(Timekeeping::Off),
+        "1" => Some(Timekeeping::On),
+        _ => None,
+    }
 }
 
 /// What the counts say.

@@ -1,7 +1,8 @@
 //! What rules have counted and sets hold, as last read: reading rules costs a process, so scrapes do not.
 //!
-//! The kernel counts what a rule drops, and starts again from 0 where the rule's chain is written anew. It does not count
-//! what policies allow: a packet meets an allow rule of each policy that has one.
+//! The kernel counts what a rule drops, and starts again from 0 where the rule's chain is written anew. Every apply reads
+//! before it writes, so what was counted is added up here; what a chain counts between that reading and its writing is lost.
+//! The kernel does not count what policies allow: a packet meets an allow rule of each policy that has one.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -46,10 +47,35 @@ impl Counts {
     }
 }
 
-/// What was last read of one family.
+impl Counts {
+    /// Adds what was counted from one reading to the next. Less than before: somebody has written the chain anew.
+    fn add_up(&mut self, before: &Self, now: &Self) {
+        let grown = |before: u64, now: u64| now.checked_sub(before).unwrap_or(now);
+        for (direction, now) in &now.denied {
+            let before = before.denied.get(direction).copied().unwrap_or_default();
+            *self.denied.entry(*direction).or_default() += grown(before, *now);
+        }
+        self.cut += grown(before.cut, now.cut);
+    }
+
+    /// A chain counts from 0.
+    fn restart(&mut self, chain: &Name) {
+        match &**chain {
+            layout::INGRESS => self.denied.remove(&Direction::Ingress),
+            layout::EGRESS => self.denied.remove(&Direction::Egress),
+            layout::ENTRY => Some(std::mem::take(&mut self.cut)),
+            _ => None,
+        };
+    }
+}
+
+/// What is known of one family.
 #[derive(Clone, Debug, Default)]
 struct OfFamily {
+    /// Since the first reading.
     counts: Counts,
+    /// What the kernel said last.
+    read: Counts,
     sets: u64,
     /// Members of the fullest set of each kind.
     nets: u64,
@@ -61,14 +87,27 @@ struct OfFamily {
 pub(super) struct Counted(Arc<Mutex<BTreeMap<Family, OfFamily>>>);
 
 impl Counted {
-    pub(super) fn note(&self, family: Family, counts: Counts, state: &State) {
+    pub(super) fn note(&self, family: Family, read: Counts, state: &State) {
         let fullest = |kind: &SetKind| {
             let those = state.sets.values().filter(|set| set.kind == *kind);
             those.map(|set| set.members.len() as u64).max().unwrap_or_default()
         };
         let (nets, ports) = (fullest(&SetKind::Net), fullest(&SetKind::IpPort));
-        let it = OfFamily { counts, sets: state.sets.len() as u64, nets, ports };
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(family, it);
+        let sets = state.sets.len() as u64;
+        let mut families = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // What rules had counted before the first reading, an earlier agent has told.
+        let known =
+            families.entry(family).or_insert_with(|| OfFamily { read: read.clone(), ..OfFamily::default() });
+        known.counts.add_up(&known.read, &read);
+        *known = OfFamily { counts: std::mem::take(&mut known.counts), read, sets, nets, ports };
+    }
+
+    /// These chains of a family were written anew, and count from 0.
+    pub(super) fn rewritten<'a>(&self, family: Family, chains: impl Iterator<Item = &'a Name>) {
+        let mut families = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = families.get_mut(&family) {
+            chains.for_each(|chain| known.read.restart(chain));
+        }
     }
 
     pub(super) fn meter(&self) -> Meter {
@@ -96,6 +135,9 @@ impl Counted {
                 (Direction::Egress, Judged::Denied, egress),
             ],
             unlogged: Vec::new(),
+            // The kernel does not time rules.
+            timed: Vec::new(),
+            timekeeping: None,
             stores: vec![
                 Store { name: "sets", used: sum(&|family| family.sets), limit: MAX_SETS },
                 Store { name: "hash_net", used: most(|family| family.nets), limit: members },
@@ -148,12 +190,31 @@ COMMIT
     #[test]
     fn both_families_add_up() {
         let counted = Counted::default();
-        let counts = Counts { denied: [(Direction::Ingress, 4)].into(), cut: 0 };
+        let counts = |denied| Counts { denied: [(Direction::Ingress, denied)].into(), cut: 0 };
         for family in Family::BOTH {
-            counted.note(family, counts.clone(), &State::empty(family));
+            counted.note(family, counts(3), &State::empty(family));
+            counted.note(family, counts(7), &State::empty(family));
         }
         let reading = counted.reading();
         assert!(reading.drops.contains(&("ingress_denied", 8)));
         assert!(reading.stores.contains(&Store { name: "sets", used: 0, limit: MAX_SETS }));
+    }
+
+    #[test]
+    fn what_a_chain_counted_before_it_was_written_anew_is_not_lost() {
+        let counted = Counted::default();
+        let note = |denied, cut| {
+            let counts = Counts { denied: [(Direction::Ingress, denied)].into(), cut };
+            counted.note(Family::V4, counts, &State::empty(Family::V4));
+            let Reading { drops, .. } = counted.reading();
+            drops.into_iter().filter(|(_, count)| *count > 0).collect::<Vec<_>>()
+        };
+        assert_eq!(note(5, 1), [], "an earlier agent told of these");
+        assert_eq!(note(7, 1), [("ingress_denied", 2)]);
+        counted.rewritten(Family::V4, [Name::from(layout::INGRESS), "AZURE-NPM-X".into()].iter());
+        assert_eq!(note(9, 4), [("ingress_denied", 11), ("cut", 3)], "nine since, though more than seven");
+        assert_eq!(note(1, 4), [("ingress_denied", 12), ("cut", 3)], "somebody else has written it");
+        counted.rewritten(Family::V4, [Name::from(layout::ENTRY)].iter());
+        assert_eq!(note(1, 2), [("ingress_denied", 12), ("cut", 5)]);
     }
 }
