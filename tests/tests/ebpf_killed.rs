@@ -341,6 +341,8 @@ fn killed_at_any_call_of_a_start_it_leaves_one_state_whole() -> Result<()> {
     stage.agent()?.wait()?;
     let calls = calls_in(&trace)?;
     ensure!(calls.len() > 10, "only {} calls in a start", calls.len());
+    // The maps have room for a hundred thousand values, which are read back many at once.
+    ensure!(calls.iter().all(|nth| *nth < 2000), "{} calls in a start", calls[calls.len() - 1]);
 
     let (mut found, mut missed) = ([0; 2], 0);
     for nth in spread(&calls)? {

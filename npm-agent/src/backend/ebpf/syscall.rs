@@ -2,11 +2,15 @@
 #![expect(unsafe_code, reason = "a system call that no crate of ours wraps")]
 
 use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+
+use aya::Pod;
 
 use crate::interfaces::Index;
 
 /// include/uapi/linux/bpf.h.
 const BPF_PROG_QUERY: libc::c_long = 16;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_TCX_EGRESS: u32 = 47;
 
 /// More programs than anybody attaches to one interface; the kernel refuses more than 63 links at one place
@@ -27,6 +31,49 @@ struct Query {
     link_ids: u64,
     link_attach_flags: u64,
     revision: u64,
+}
+
+/// The attributes of BPF_MAP_LOOKUP_BATCH.
+#[repr(C)]
+struct Batch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    element_flags: u64,
+    flags: u64,
+}
+
+/// Reads values of an array, from the one at an index on, as many as there is room for; gives how many that were. One call
+/// for each would take a hundred times as long (from 5.6 on there is one for many).
+///
+/// # Errors
+/// The kernel's. EINVAL: the map's values are not of this length.
+pub(super) fn array_values<V: Pod>(map: BorrowedFd<'_>, from: u32, values: &mut [V]) -> io::Result<usize> {
+    let mut keys = vec![0_u32; values.len()];
+    let (before, mut last) = (from.wrapping_sub(1), 0_u32);
+    let mut batch = Batch {
+        // Nothing, for the beginning; otherwise the index before. All of these live until the call has ended.
+        in_batch: if from == 0 { 0 } else { &raw const before as u64 },
+        out_batch: &raw mut last as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count: u32::try_from(values.len()).map_err(io::Error::other)?,
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        element_flags: 0,
+        flags: 0,
+    };
+    match bpf(BPF_MAP_LOOKUP_BATCH, &mut batch) {
+        Ok(_) => {}
+        // The end was reached before the room was used up.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+        Err(error) => return Err(error),
+    }
+    let count = usize::try_from(batch.count).map_err(io::Error::other)?;
+    let in_turn = keys.iter().zip(from..).take(count).all(|(key, index)| *key == index);
+    if in_turn { Ok(count) } else { Err(io::Error::other("an array's values are out of turn")) }
 }
 
 /// Calls bpf(2). What the attributes point to has to live until it returns, and be as long as they say.

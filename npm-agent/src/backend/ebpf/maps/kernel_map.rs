@@ -2,6 +2,8 @@
 #![expect(unsafe_code, reason = "aya asks for a promise about layouts")]
 
 use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
 
 use aya::Pod;
 use aya::maps::lpm_trie::{Key, LpmTrie};
@@ -10,6 +12,10 @@ use npm_common::layout::{PairRecord, Policy, Record, Segment};
 
 use super::{MapsError, Source};
 use crate::backend::ebpf::lower::Prefix;
+use crate::backend::ebpf::syscall::array_values;
+
+/// Values of an array that are read at once: at most half a megabyte.
+const AT_ONCE: usize = 2048;
 
 /// A type of npm_common's as a map's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,12 +36,18 @@ unsafe impl Pod for Plain<Segment> {}
 pub(super) struct KernelMap<M> {
     name: &'static str,
     map: M,
+    /// An array's, for what aya does not do with it.
+    array: Option<OwnedFd>,
 }
 
 impl<M: TryFrom<Map, Error = MapError>> KernelMap<M> {
     pub(super) fn of(source: &mut Source<'_>, name: &'static str) -> Result<Self, MapsError> {
-        let map = M::try_from(source(name)?).map_err(|source| MapsError::Map { name, source })?;
-        Ok(Self { name, map })
+        let failed = |source| MapsError::Map { name, source };
+        let map = source(name)?;
+        let array =
+            if let Map::Array(data) = &map { Some(data.fd().as_fd().try_clone_to_owned()) } else { None };
+        let array = array.transpose().map_err(|error| failed(MapError::IoError(error)))?;
+        Ok(Self { name, map: M::try_from(map).map_err(failed)?, array })
     }
 }
 
@@ -61,12 +73,20 @@ impl<V: Pod> KernelMap<Array<MapData, V>> {
     where
         V: PartialEq,
     {
+        let failed = |error| self.failed()(MapError::IoError(error));
+        // Its values are as long as these: aya has compared that when it took the map for such an array.
+        let array = self.array.as_ref().ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
         let mut entries = BTreeMap::new();
-        for (index, value) in (0..).zip(self.map.iter()) {
-            let value = value.map_err(self.failed())?;
-            if value != *zero {
-                entries.insert(index, value);
+        let mut values = vec![*zero; AT_ONCE.min(self.map.len() as usize)];
+        let mut first = 0;
+        while first < self.map.len() {
+            let count = array_values(array.as_fd(), first, &mut values).map_err(failed)?;
+            if count == 0 {
+                return Err(failed(io::ErrorKind::UnexpectedEof.into()));
             }
+            let found = (first..).zip(&values[..count]).filter(|(_, value)| *value != zero);
+            entries.extend(found.map(|(index, value)| (index, *value)));
+            first += count as u32;
         }
         Ok(entries)
     }
