@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use imbl::OrdSet;
 
+use crate::few::Few;
 use crate::model::{Labels, Namespace, Pod, PodKey, PodNetwork, PodPhase, Policy, PolicyKey};
 
 /// One object as it is from now on; `None`: it is gone.
@@ -33,8 +34,10 @@ pub struct World {
     namespaces: BTreeMap<Arc<str>, Arc<Namespace>>,
     policies: BTreeMap<PolicyKey, Arc<Policy>>,
     /// Who claims an address, the holder last: (created, key), see [`World::holder`].
-    claims: BTreeMap<IpAddr, BTreeSet<(i64, PodKey)>>,
-    pods_by_label: BTreeMap<Label, BTreeSet<PodKey>>,
+    claims: BTreeMap<IpAddr, Few<(i64, PodKey)>>,
+    /// The addresses that have more than one claim.
+    contested: BTreeSet<IpAddr>,
+    pods_by_label: BTreeMap<Label, Few<PodKey>>,
 }
 
 /// How many objects of each kind there are.
@@ -145,7 +148,7 @@ impl World {
         value: &Arc<str>,
     ) -> impl Iterator<Item = &'a Arc<Pod>> + use<'a> {
         let keys = self.pods_by_label.get(&(Arc::clone(key), Arc::clone(value)));
-        keys.into_iter().flatten().filter_map(|key| self.pods.get(key))
+        keys.into_iter().flat_map(Few::iter).filter_map(|key| self.pods.get(key))
     }
 
     /// All namespaces that have been seen, in order of their names.
@@ -187,7 +190,7 @@ impl World {
 
     /// Everybody who claims an address, the holder last.
     pub fn claimants(&self, address: IpAddr) -> impl DoubleEndedIterator<Item = &PodKey> {
-        self.claims.get(&address).into_iter().flatten().map(|(_, key)| key)
+        self.claims.get(&address).into_iter().flat_map(Few::iter).map(|(_, key)| key)
     }
 
     /// The addresses that a pod holds: none for one that has ended or is on the host's network.
@@ -207,7 +210,7 @@ impl World {
 
     /// The addresses that more than one pod claims.
     pub fn contested(&self) -> impl Iterator<Item = IpAddr> {
-        self.claims.iter().filter(|(_, claims)| claims.len() > 1).map(|(address, _)| *address)
+        self.contested.iter().copied()
     }
 
     fn index(&mut self, key: &PodKey, pod: &Pod) {
@@ -217,7 +220,11 @@ impl World {
         }
         if claims_addresses(pod) {
             for address in &pod.addresses {
-                self.claims.entry(*address).or_default().insert((pod.created, key.clone()));
+                let claims = self.claims.entry(*address).or_default();
+                claims.insert((pod.created, key.clone()));
+                if claims.len() > 1 {
+                    self.contested.insert(*address);
+                }
             }
         }
     }
@@ -236,6 +243,9 @@ impl World {
             for address in &pod.addresses {
                 if let Some(claims) = self.claims.get_mut(address) {
                     claims.remove(&(pod.created, key.clone()));
+                    if claims.len() < 2 {
+                        self.contested.remove(address);
+                    }
                     if claims.is_empty() {
                         self.claims.remove(address);
                     }
@@ -275,7 +285,7 @@ mod tests {
                 addresses: [IpAddr::from([10, 0, 0, 1])].into(),
                 network,
                 phase,
-                ports: BTreeSet::new(),
+                ports: [].into(),
                 created,
             };
             world.apply(Change::Pod(key, Some(pod)));

@@ -26,9 +26,9 @@ use npm_policy::goal::{Clause, Goal, Member, PortMatch, Program};
 use npm_policy::model::Protocol;
 
 pub use numbers::Numbers;
-use peers::Peers;
 pub use peers::{Bit, Endpoint, FamilyMaps, OfFamily, Prefix, longest};
-use union::Union;
+pub(in crate::backend::ebpf) use peers::{Peers, is_peer};
+pub(in crate::backend::ebpf) use union::{Union, join};
 
 /// What the maps must hold for a goal, with rows of `W` words. Policies, segments and rows have indices of their own
 /// here, which are not those of the kernel's maps.
@@ -63,7 +63,7 @@ pub enum LowerError {
 
 /// Which of a program's parts.
 #[derive(Clone, Copy)]
-enum Direction {
+pub(in crate::backend::ebpf) enum Direction {
     Ingress,
     Egress,
 }
@@ -179,7 +179,7 @@ fn endpoints<'a>(goal: &'a Goal, numbers: &Numbers) -> BTreeMap<IpAddr, (u32, Ve
 }
 
 /// What the programs that select an address allow together; `None`: none of them isolates it in this direction.
-fn union<const W: usize>(
+pub(in crate::backend::ebpf) fn union<const W: usize>(
     goal: &Goal,
     peers: &Peers<W>,
     address: IpAddr,

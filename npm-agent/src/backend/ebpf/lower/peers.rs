@@ -199,7 +199,8 @@ pub(super) fn named(goal: &Goal) -> BTreeSet<Bit> {
 }
 
 /// The numbers of the peer sets.
-pub(super) struct Peers<const W: usize> {
+#[derive(Debug)]
+pub(in crate::backend::ebpf) struct Peers<const W: usize> {
     pub(super) bits: BTreeMap<usize, Bit>,
     numbers: BTreeMap<Bit, usize>,
     /// All bits that are [`Bit::Pairs`].
@@ -216,15 +217,20 @@ impl<const W: usize> Peers<W> {
         }
         let mut numbers = kept.number_bits(bits, available);
         numbers.insert(Bit::Any, ANY_PEER);
+        Ok(Self::numbered(numbers.into_iter().map(|(bit, number)| (number, bit)).collect()))
+    }
+
+    /// Those of these numbers, [`Bit::Any`] included.
+    pub(in crate::backend::ebpf) fn numbered(bits: BTreeMap<usize, Bit>) -> Self {
         let mut pairs = [0; W];
-        for (bit, number) in &numbers {
+        for (number, bit) in &bits {
             match bit {
                 Bit::Any | Bit::Peer(_) => {}
                 Bit::Pairs { .. } => drop(set_bit(&mut pairs, *number)),
             }
         }
-        let bits = numbers.iter().map(|(bit, number)| (*number, bit.clone())).collect();
-        Ok(Self { bits, numbers, pairs })
+        let numbers = bits.iter().map(|(number, bit)| (bit.clone(), *number)).collect();
+        Self { bits, numbers, pairs }
     }
 
     fn add(&self, row: &mut Bits<W>, bit: &Bit) {
@@ -254,7 +260,7 @@ impl<const W: usize> Peers<W> {
     }
 
     /// Whether a row allows a named port of peers.
-    pub(super) fn has_pairs(&self, row: &Bits<W>) -> bool {
+    pub(in crate::backend::ebpf) fn has_pairs(&self, row: &Bits<W>) -> bool {
         row.iter().zip(&self.pairs).any(|(row, pairs)| row & pairs != 0)
     }
 
@@ -343,7 +349,7 @@ fn pairs_bit(port: &NamedMatch, peers: &PeerMatch) -> Bit {
     Bit::Pairs { protocol: port.protocol, set: port.set.clone(), peers: peers.clone() }
 }
 
-fn is_peer(goal: &Goal, peers: &PeerMatch, address: IpAddr) -> bool {
+pub(in crate::backend::ebpf) fn is_peer(goal: &Goal, peers: &PeerMatch, address: IpAddr) -> bool {
     match peers {
         PeerMatch::Any => true,
         PeerMatch::Sets(sets) => sets.iter().any(|set| goal.contains(set, address)),
