@@ -568,18 +568,31 @@ pub(super) fn expression_of(key: &SetKey) -> Option<&Expression> {
     }
 }
 
-/// At least the pods that match, by the index that offers the fewest.
+/// At least the pods that match, by the index that offers the fewest; none of a namespace that does not.
 pub(super) fn likely_pods<'a>(
     world: &'a World,
     expression: &'a Expression,
 ) -> Box<dyn Iterator<Item = &'a Arc<Pod>> + 'a> {
+    let selector = match &expression.namespaces {
+        NamespaceScope::Named(namespace) => return Box::new(world.pods_in(namespace)),
+        NamespaceScope::Matching(selector) => selector,
+    };
+    // Pods come in order of their namespaces, so that each of these is looked at once.
+    let mut last: Option<(&Arc<str>, bool)> = None;
+    let is_in_scope = move |pod: &&'a Arc<Pod>| match last {
+        Some((name, is_in)) if *name == pod.key.namespace => is_in,
+        Some(_) | None => {
+            let is_in = selects(selector, &world.namespace_labels(&pod.key.namespace));
+            last = Some((&pod.key.namespace, is_in));
+            is_in
+        }
+    };
     let label = expression.pods.requirements().find_map(|requirement| match &requirement.operator {
         Operator::In(values) if values.len() == 1 => Some((&requirement.key, values.first()?)),
         Operator::In(_) | Operator::NotIn(_) | Operator::Exists | Operator::DoesNotExist => None,
     });
-    match (&expression.namespaces, label) {
-        (NamespaceScope::Named(namespace), _) => Box::new(world.pods_in(namespace)),
-        (NamespaceScope::Matching(_), Some((name, value))) => Box::new(world.pods_with(name, value)),
-        (NamespaceScope::Matching(_), None) => Box::new(world.pods()),
+    match label {
+        Some((name, value)) => Box::new(world.pods_with(name, value).filter(is_in_scope)),
+        None => Box::new(world.pods().filter(is_in_scope)),
     }
 }
