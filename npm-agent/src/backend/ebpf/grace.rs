@@ -13,8 +13,11 @@ use std::collections::BTreeSet;
 use std::fs::read_to_string;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+
+use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
 
 use super::syscall::bpf;
 
@@ -89,14 +92,19 @@ const MOST_CPUS: usize = 64;
 /// The CPUs that programs may run on; `None`: not to be visited, or not known.
 fn cpus() -> Option<BTreeSet<usize>> {
     const SYSTEM: &str = "/sys/devices/system/cpu";
-    // A real-time kernel preempts programs. Its file is there in no other.
-    if std::path::Path::new("/sys/kernel/realtime").exists() {
+    // A real-time kernel preempts programs. It says so in its version (init/Makefile, UTS_VERSION), some in a file too.
+    let version = read_to_string("/proc/version").ok()?;
+    if is_real_time(&version) || Path::new("/sys/kernel/realtime").exists() {
         return None;
     }
     // Who keeps CPUs to himself does not want visitors.
     let isolated = read_to_string(format!("{SYSTEM}/isolated")).unwrap_or_default();
     let online = list(&read_to_string(format!("{SYSTEM}/online")).ok()?)?;
     (isolated.trim().is_empty() && !online.is_empty() && online.len() <= MOST_CPUS).then_some(online)
+}
+
+fn is_real_time(version: &str) -> bool {
+    version.contains("PREEMPT_RT") || version.contains("PREEMPT RT")
 }
 
 /// A list as `0-3,8` (Documentation/admin-guide/cputopology.rst).
@@ -119,15 +127,12 @@ fn has_been_everywhere() -> bool {
 
 /// Whether the calling thread runs on this CPU now, where it may stay. It may not in a cpuset without it.
 fn is_on(cpu: usize) -> bool {
-    const WORDS: usize = 16;
-    let mut mask = [0_u64; WORDS];
-    let Some(word) = mask.get_mut(cpu / 64) else { return false };
-    *word |= 1 << (cpu % 64);
-    // SAFETY: the kernel reads `WORDS` words, which live through the call; 0 is the calling thread.
-    let moved =
-        unsafe { libc::syscall(libc::SYS_sched_setaffinity, 0, size_of::<[u64; WORDS]>(), mask.as_ptr()) };
-    // SAFETY: it takes nothing and only asks.
-    moved == 0 && usize::try_from(unsafe { libc::sched_getcpu() }) == Ok(cpu)
+    let mut there = CpuSet::new();
+    if cpu >= CpuSet::MAX_CPU {
+        return false;
+    }
+    there.set(cpu);
+    sched_setaffinity(None, &there).is_ok() && sched_getcpu() == cpu
 }
 
 /// The means to wait.
@@ -183,10 +188,19 @@ mod tests {
     }
 
     #[test]
+    fn real_time_kernels_are_told_from_others() {
+        let version = |kind: &str| {
+            format!("Linux version 6.12.0 (a@b) (gcc) #1 SMP {kind} Thu Jan  1 00:00:00 UTC 2026")
+        };
+        assert!(is_real_time(&version("PREEMPT_RT")) && is_real_time(&version("PREEMPT RT")));
+        assert!(!is_real_time(&version("PREEMPT_DYNAMIC")) && !is_real_time(&version("")));
+    }
+
+    #[test]
     fn a_thread_visits_every_cpu() {
         let visited = std::thread::spawn(has_been_everywhere).join().unwrap();
         // Where the process may not run everywhere the kernel is asked.
-        let allowed = std::thread::available_parallelism().map_or(0, usize::from);
-        assert_eq!(visited, cpus().is_some_and(|cpus| cpus.len() == allowed));
+        let allowed = rustix::thread::sched_getaffinity(None).unwrap();
+        assert_eq!(visited, cpus().is_some_and(|cpus| cpus.iter().all(|cpu| allowed.is_set(*cpu))));
     }
 }
