@@ -180,7 +180,7 @@ impl Stage {
         let kubeconfig = directory.path().join("kubeconfig").to_string_lossy().into_owned();
         let mut server = serve(netns, &plan, &kubeconfig)?;
         let objects = server.line()?;
-        let instance = format!("bench-{}", std::process::id());
+        let instance = format!("bench-control-{}", std::process::id());
         let started = monotonic();
         let arguments = [
             ["--source", "kube"],

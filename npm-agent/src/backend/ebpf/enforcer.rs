@@ -266,8 +266,7 @@ impl Backend for Ebpf {
         // Busy iptables must not keep policies from the maps.
         let mut tracked = if is_first { self.track() } else { Ok(Vec::new()) };
         // What fits nowhere is refused by the maps, which then deny whoever is to be isolated.
-        let is_as_wide =
-            !is_first && self.goal.as_ref().is_some_and(|before| before.programs == goal.programs);
+        let is_as_wide = self.maps.width().surely_holds(goal);
         let needed = if is_as_wide { None } else { Width::needed(goal).ok() };
         let needed = needed.unwrap_or(self.maps.width());
         let widened = (needed > self.maps.width()).then(|| self.widen(goal, needed));

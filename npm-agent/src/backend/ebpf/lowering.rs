@@ -1,14 +1,14 @@
 //! From one goal to the next: what differs is lowered, and the rest is as it was.
 //!
 //! ```text
-//! goal ─┬─ the same programs as before ─► what differs between the two goals ─► a few addresses ─► their entries
-//!       └─ others, or too much is new ──► lower, plan: everything
+//! goal ─┬─ what differs from the goal before ─► a few addresses ─► their entries
+//!       └─ too much is new, or blocks are ────► lower, plan: everything
 //! ```
 //!
-//! Pods come and go all the time, policies change seldom. As long as the programs are the same, bits are too; so an address's
-//! new row is its old one with the bits of the sets that it has entered or left. Both ways lead to the same maps but for
-//! numbers that mean nothing (`tests/tests/ebpf_plan.rs` compares them after every change), and either goes on from what the
-//! other has left.
+//! Pods come and go all the time, and with them the policies that select this node's. What has a bit keeps it; so an address's
+//! new row is its old one with the bits of the sets that it has entered or left, and without those that nothing names any
+//! more. Both ways lead to the same maps but for numbers that mean nothing (`tests/tests/ebpf_plan.rs` compares them after
+//! every change), and either goes on from what the other has left.
 
 mod difference;
 mod index;
@@ -21,7 +21,7 @@ use npm_policy::goal::Goal;
 
 use super::held::{Held, Limits, Readers, Write};
 use super::lower::{Bit, LowerError, lower_with};
-use super::plan::{Full, Step, plan, wrapped};
+use super::plan::{Full, Step, plan, settle, wrapped};
 use difference::Difference;
 use index::{Content, Meanings};
 use known::{Changed, KeptFamily, Part};
@@ -43,6 +43,8 @@ pub struct Lowering<const W: usize = NARROW_WORDS> {
     kept: Option<Kept<W>>,
     /// The bits of a plan for everything that is being carried out.
     pending: Option<BTreeMap<usize, Bit>>,
+    /// Whether the last goal was lowered as a whole.
+    was_whole: bool,
 }
 
 /// The last goal, and where its parts are in the maps.
@@ -80,16 +82,24 @@ impl<const W: usize> Lowering<W> {
 
     /// The maps hold the goal whose steps were given last.
     pub fn done(&mut self, held: &Held<W>, goal: &Goal, limits: &Limits) {
-        if let Some(bits) = self.pending.take() {
+        let pending = self.pending.take();
+        self.was_whole = pending.is_some();
+        if let Some(bits) = pending {
             self.kept = Kept::of(held, goal, bits, limits);
         }
     }
 
-    /// Both halves of the maps say the same, by the steps of [`super::plan::settle`].
-    pub fn settled(&mut self) {
-        if let Some(kept) = &mut self.kept {
-            kept.v4.settled();
-            kept.v6.settled();
+    /// The steps that make both halves what packets are judged by, after the goal that was done: as [`super::plan::settle`],
+    /// but found by what is kept where the goal was. Whoever has not carried all of them out says so ([`Lowering::forget`]).
+    pub fn settle(&mut self, held: &Held<W>, limits: &Limits) -> Vec<Step<W>> {
+        match &mut self.kept {
+            Some(kept) if !self.was_whole => kept.settle(held),
+            Some(kept) => {
+                kept.v4.settled();
+                kept.v6.settled();
+                settle(held, limits)
+            }
+            None => settle(held, limits),
         }
     }
 
@@ -112,14 +122,15 @@ impl<const W: usize> Kept<W> {
         let v6 = KeptFamily::of(&held.v6, half, limits)?;
         let next_pod = held.numbers().pods.values().max().copied().unwrap_or(0).checked_add(1)?;
         let content = Content::of(held, limits);
-        Some(Self { goal: goal.clone(), meanings: Meanings::of(bits), content, v4, v6, next_pod })
+        Some(Self { goal: goal.clone(), meanings: Meanings::of(bits, goal)?, content, v4, v6, next_pod })
     }
 
     /// `None`: not all of the difference can be told by what is kept, which is of no use any more.
     fn steps(&mut self, held: &Held<W>, goal: &Goal) -> Option<Vec<Step<W>>> {
         let Self { goal: before, meanings, content, v4, v6, next_pod } = self;
-        let mut difference = Difference::between(before, goal, meanings)?;
+        let mut difference = Difference::between(before, goal, held, meanings)?;
         difference.number_pods(before, goal, held, next_pod)?;
+        content.also(meanings.writes(held));
         let part = Part { held, goal, meanings };
         let (of_v4, of_v6) = (
             Changed::of(&part, &held.v4, &difference.v4, content)?,
@@ -144,5 +155,19 @@ impl<const W: usize> Kept<W> {
         steps.extend(wrapped(v6.fill, Write::V6));
         steps.push(Step::Write(Write::Generation(1 - (held.generation & 1))));
         Some(steps)
+    }
+
+    /// What is behind is brought up to what packets use.
+    fn settle(&mut self, held: &Held<W>) -> Vec<Step<W>> {
+        let half = held.half();
+        let (v4, v6) = (self.v4.settle(&held.v4, half), self.v6.settle(&held.v6, half));
+        let mut steps: Vec<Step<W>> = wrapped(v4.sweep, Write::V4).collect();
+        steps.extend(wrapped(v6.sweep, Write::V6));
+        steps.extend(wrapped(v4.fill, Write::V4));
+        steps.extend(wrapped(v6.fill, Write::V6));
+        if !steps.is_empty() && held.readers == Readers::Behind {
+            steps.insert(0, Step::Grace);
+        }
+        steps
     }
 }

@@ -16,7 +16,7 @@ use super::grace::Grace;
 use super::held::{FamilyWrite, Held, HeldFamily, Limits, Readers, Write};
 use super::lower::{LowerError, OfFamily, isolated};
 use super::lowering::{Lowering, Unfit};
-use super::plan::{Full, Step, isolate, settle, usage};
+use super::plan::{Full, Step, isolate, usage};
 use crate::backend::meter::Store;
 use kernel_map::{Entries, KernelMap, Plain};
 
@@ -250,12 +250,14 @@ impl<const W: usize> Maps<W> {
             }
         };
         let mut writes = self.perform(&steps)?;
+        // There may be tens of thousands, and more are to come.
+        drop(steps);
         self.lowering.done(&self.held, goal, &Limits::OBJECT);
         // What packets are judged by is in its place. After much of a change the other half follows at once, or the
         // next change, however small, would have to write it all.
         if writes.entries > MOST_LEFT_UNSETTLED {
-            let settled = self.perform(&settle(&self.held, &Limits::OBJECT))?;
-            self.lowering.settled();
+            let steps = self.lowering.settle(&self.held, &Limits::OBJECT);
+            let settled = self.perform(&steps)?;
             writes.entries += settled.entries;
             writes.waits += settled.waits;
         }

@@ -1,4 +1,4 @@
-//! Which addresses two goals with the same programs tell apart, and in what.
+//! Which addresses two goals tell apart, and in what.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -6,11 +6,11 @@ use std::net::IpAddr;
 use imbl::ordmap::DiffItem;
 use imbl::ordset::DiffItem as MemberDiff;
 use npm_common::layout::{NO_POD, V4, V6};
-use npm_policy::goal::{Goal, Member, SetKey};
+use npm_policy::goal::{Goal, Member, Set, SetKey};
 
-use super::index::Meanings;
+use super::index::{Meanings, Turnover};
 use crate::backend::ebpf::held::Held;
-use crate::backend::ebpf::lower::OfFamily;
+use crate::backend::ebpf::lower::{Bit, OfFamily};
 
 /// What differs of the addresses of one family.
 #[derive(Debug)]
@@ -60,23 +60,78 @@ macro_rules! of_family {
 }
 
 impl Difference {
-    /// `None`: the programs differ, or something that only they decide.
+    /// Also what bits mean is brought up to date. `None`: not all that differs can be told so.
     pub(super) fn between<const W: usize>(
         before: &Goal,
         after: &Goal,
-        meanings: &Meanings<W>,
+        held: &Held<W>,
+        meanings: &mut Meanings<W>,
     ) -> Option<Self> {
-        if before.programs != after.programs {
-            return None;
-        }
         let mut difference = Self::default();
+        difference.programs(before, after, held, meanings)?;
+        let nothing = Set::default();
         for item in before.sets.diff(&after.sets) {
-            let DiffItem::Update { old: (key, old), new: (_, new) } = item else { return None };
+            let (key, old, new) = match item {
+                DiffItem::Add(key, new) => (key, &nothing, new),
+                DiffItem::Remove(key, old) => (key, old, &nothing),
+                DiffItem::Update { old: (key, old), new: (_, new) } => (key, old, new),
+            };
             for item in old.v4.diff(&new.v4).chain(old.v6.diff(&new.v6)) {
                 difference.member(key, item, meanings)?;
             }
         }
         Some(difference)
+    }
+
+    /// The addresses that programs concern which are no more, or are new: their subjects, and who is in what only one side
+    /// names.
+    fn programs<const W: usize>(
+        &mut self,
+        before: &Goal,
+        after: &Goal,
+        held: &Held<W>,
+        meanings: &mut Meanings<W>,
+    ) -> Option<()> {
+        let (mut old, mut new) = (Vec::new(), Vec::new());
+        for item in before.programs.diff(&after.programs) {
+            match item {
+                DiffItem::Add(_, now) => new.push(&**now),
+                DiffItem::Remove(_, then) => old.push(&**then),
+                DiffItem::Update { old: (_, then), new: (_, now) } => {
+                    old.push(&**then);
+                    new.push(&**now);
+                }
+            }
+        }
+        if old.is_empty() && new.is_empty() {
+            return Some(());
+        }
+        for (goal, programs) in [(before, &old), (after, &new)] {
+            for ip in programs.iter().flat_map(|program| addresses(goal, &program.subjects)) {
+                of_family!(self, ip, |of, address| of.subjects.insert(address));
+            }
+        }
+        let Turnover { come, gone } = meanings.turn_over(&old, &new, held)?;
+        for (goal, bits, is_there) in [(before, gone, false), (after, come, true)] {
+            for (number, bit) in bits {
+                match &bit {
+                    Bit::Any => return None,
+                    Bit::Peer(set) => {
+                        for ip in addresses(goal, set) {
+                            of_family!(self, ip, |of, address| {
+                                of.bits.entry(address).or_default().push((number, is_there));
+                            });
+                        }
+                    }
+                    Bit::Pairs { protocol: _, set, peers: _ } => {
+                        for ip in addresses(goal, set) {
+                            of_family!(self, ip, |of, address| of.pairs.insert(address));
+                        }
+                    }
+                }
+            }
+        }
+        Some(())
     }
 
     fn member<const W: usize>(
@@ -99,9 +154,7 @@ impl Difference {
                 }
             }),
             (SetKey::Local(_), Member::Address(ip)) => {
-                of_family!(self, *ip, |of, address| {
-                    of.subjects.insert(address);
-                });
+                of_family!(self, *ip, |of, address| of.subjects.insert(address));
             }
             (SetKey::Ports { .. }, Member::Port(ip, ..)) => of_family!(self, *ip, |of, address| {
                 // In ingress they are the subject's own numbers.
@@ -158,6 +211,15 @@ impl Difference {
             of.subjects.insert(address);
         });
     }
+}
+
+/// The addresses that the members of a set are of.
+fn addresses<'a>(goal: &'a Goal, key: &SetKey) -> impl Iterator<Item = IpAddr> + use<'a> {
+    let members = goal.sets.get(key).into_iter().flat_map(|set| set.v4.iter().chain(&set.v6));
+    members.filter_map(|member| match member {
+        Member::Address(ip) | Member::Port(ip, ..) => Some(*ip),
+        Member::Include(_) | Member::Except(_) => None,
+    })
 }
 
 /// The number of the pod that has an address.

@@ -3,26 +3,30 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::IpAddr;
 
-use npm_common::layout::{Bits, NOBODY, NOT_ISOLATED, Policy, Segment, set_bit};
-use npm_policy::goal::{Goal, Member, PeerMatch, SetKey};
+use npm_common::layout::{Bits, Meaning, NOBODY, NOT_ISOLATED, Policy, Segment, set_bit};
+use npm_policy::goal::{Goal, Member, PeerMatch, Program, SetKey};
 use npm_policy::model::Protocol;
 
 use crate::backend::ebpf::held::{Held, Limits, Write};
-use crate::backend::ebpf::lower::{Bit, OfFamily, Peers, Union, is_peer};
+use crate::backend::ebpf::lower::{Bit, OfFamily, Peers, Union, clear_bit, is_peer, named_by};
 use crate::backend::ebpf::plan::content::{InUse, PolicyKey, gaps, key, take};
 
-/// What bits mean.
+/// What bits mean, and how many programs need each to.
 #[derive(Debug)]
 pub(super) struct Meanings<const W: usize> {
     pub(super) peers: Peers<W>,
+    /// How many programs name a bit; [`Bit::Any`] is not counted.
+    uses: BTreeMap<Bit, usize>,
+    /// What a process that finds the maps knows bits by.
+    fingerprints: BTreeMap<usize, u128>,
     /// The bits of expressions.
     expressions: BTreeMap<SetKey, usize>,
     /// All of them.
     pub(super) of_expressions: Bits<W>,
     /// The bits that are (address, protocol, port) of peers.
     pairs: Vec<Pairs>,
-    /// The expressions that say whose they are.
-    peers_of_pairs: BTreeSet<SetKey>,
+    /// The expressions that say whose they are, and of how many of these bits.
+    peers_of_pairs: BTreeMap<SetKey, usize>,
 }
 
 /// A bit of named ports.
@@ -34,29 +38,121 @@ struct Pairs {
     peers: PeerMatch,
 }
 
+/// Bits that programs name from now on, and bits that they do not any more.
+#[derive(Debug, Default)]
+pub(super) struct Turnover {
+    pub(super) come: Vec<(usize, Bit)>,
+    pub(super) gone: Vec<(usize, Bit)>,
+}
+
 impl<const W: usize> Meanings<W> {
-    pub(super) fn of(bits: BTreeMap<usize, Bit>) -> Self {
-        let (mut expressions, mut of_expressions) = (BTreeMap::new(), [0; W]);
-        let (mut pairs, mut peers_of_pairs) = (Vec::new(), BTreeSet::new());
-        for (number, bit) in &bits {
-            let number = *number;
-            match bit {
-                Bit::Peer(key @ SetKey::Pods(_)) => {
-                    expressions.insert(key.clone(), number);
-                    set_bit(&mut of_expressions, number);
-                }
-                Bit::Pairs { protocol, set, peers } => {
-                    let (protocol, set, peers) = (*protocol, set.clone(), peers.clone());
-                    match &peers {
-                        PeerMatch::Any => {}
-                        PeerMatch::Sets(sets) => peers_of_pairs.extend(sets.iter().cloned()),
-                    }
-                    pairs.push(Pairs { number, protocol, set, peers });
-                }
-                Bit::Any | Bit::Peer(SetKey::Block(_) | SetKey::Local(_) | SetKey::Ports { .. }) => {}
+    /// Those of a goal's bits, by their numbers. `None`: these are not the goal's.
+    pub(super) fn of(bits: BTreeMap<usize, Bit>, goal: &Goal) -> Option<Self> {
+        let mut meanings = Self {
+            peers: Peers::none(),
+            uses: BTreeMap::new(),
+            fingerprints: BTreeMap::new(),
+            expressions: BTreeMap::new(),
+            of_expressions: [0; W],
+            pairs: Vec::new(),
+            peers_of_pairs: BTreeMap::new(),
+        };
+        bits.into_iter().for_each(|(number, bit)| meanings.give(number, bit));
+        for program in goal.programs.values() {
+            for bit in named_by(program) {
+                meanings.peers.number(&bit)?;
+                *meanings.uses.entry(bit).or_default() += 1;
             }
         }
-        Self { peers: Peers::numbered(bits), expressions, of_expressions, pairs, peers_of_pairs }
+        Some(meanings)
+    }
+
+    /// Goes over from the programs that are no more to those that are new. What has a number keeps it; no number that is
+    /// given away now was another's until now, so an address can tell what it has entered from what it has left.
+    /// `None`: a block comes or goes, whose bit is in the rows of addresses that no set lists; or there is no number left.
+    pub(super) fn turn_over(
+        &mut self,
+        old: &[&Program],
+        new: &[&Program],
+        held: &Held<W>,
+    ) -> Option<Turnover> {
+        let mut turnover = Turnover::default();
+        let mut known = None;
+        for bit in new.iter().flat_map(|program| named_by(program)) {
+            let uses = self.uses.entry(bit.clone()).or_default();
+            *uses += 1;
+            if *uses == 1 {
+                let known: &BTreeMap<u128, usize> = known.get_or_insert_with(|| held.numbers_of_bits());
+                let had = known.get(&bit.fingerprint()).copied();
+                let is_free = |number: &usize| (1..64 * W).contains(number) && self.peers.is_free(*number);
+                let number = had.filter(is_free).or_else(|| (1..64 * W).find(is_free))?;
+                self.give(number, bit.clone());
+                turnover.come.push((number, bit));
+            }
+        }
+        // After what is new: a bit that both name was counted for both, and stays.
+        for bit in old.iter().flat_map(|program| named_by(program)) {
+            let uses = self.uses.get_mut(&bit)?;
+            *uses = uses.checked_sub(1)?;
+            if *uses == 0 {
+                self.uses.remove(&bit);
+                turnover.gone.push((self.take(&bit)?, bit));
+            }
+        }
+        let blocks = turnover.come.iter().chain(&turnover.gone);
+        let mut blocks = blocks.filter(|(_, bit)| matches!(bit, Bit::Peer(SetKey::Block(_))));
+        blocks.next().is_none().then_some(turnover)
+    }
+
+    fn give(&mut self, number: usize, bit: Bit) {
+        match &bit {
+            Bit::Peer(key @ SetKey::Pods(_)) => {
+                self.expressions.insert(key.clone(), number);
+                set_bit(&mut self.of_expressions, number);
+            }
+            Bit::Pairs { protocol, set, peers } => {
+                let (protocol, set, peers) = (*protocol, set.clone(), peers.clone());
+                for key in sets(&peers) {
+                    *self.peers_of_pairs.entry(key.clone()).or_default() += 1;
+                }
+                self.pairs.push(Pairs { number, protocol, set, peers });
+            }
+            Bit::Any | Bit::Peer(SetKey::Block(_) | SetKey::Local(_) | SetKey::Ports { .. }) => {}
+        }
+        self.fingerprints.insert(number, bit.fingerprint());
+        self.peers.give(number, bit);
+    }
+
+    fn take(&mut self, bit: &Bit) -> Option<usize> {
+        let number = self.peers.take(bit)?;
+        self.fingerprints.remove(&number);
+        match bit {
+            Bit::Peer(key @ SetKey::Pods(_)) => {
+                self.expressions.remove(key);
+                clear_bit(&mut self.of_expressions, number);
+            }
+            Bit::Pairs { protocol: _, set: _, peers } => {
+                for key in sets(peers) {
+                    let uses = self.peers_of_pairs.get_mut(key)?;
+                    *uses = uses.checked_sub(1)?;
+                    if *uses == 0 {
+                        self.peers_of_pairs.remove(key);
+                    }
+                }
+                self.pairs.retain(|pairs| pairs.number != number);
+            }
+            Bit::Any | Bit::Peer(SetKey::Block(_) | SetKey::Local(_) | SetKey::Ports { .. }) => {}
+        }
+        Some(number)
+    }
+
+    /// What the map of meanings has to say otherwise. No packet reads it.
+    pub(super) fn writes(&self, held: &Held<W>) -> impl Iterator<Item = Write<W>> {
+        self.fingerprints.iter().filter_map(|(number, fingerprint)| {
+            let meaning: Meaning = [(fingerprint >> 64) as u64, *fingerprint as u64];
+            let number = u32::try_from(*number).ok()?;
+            (held.meanings.get(&number) != Some(&meaning)).then_some(Write::Meaning(number, meaning))
+        })
     }
 
     /// The bit of an expression.
@@ -66,7 +162,7 @@ impl<const W: usize> Meanings<W> {
 
     /// Whether named ports depend on who is in the set.
     pub(super) fn is_peer_of_pairs(&self, key: &SetKey) -> bool {
-        self.peers_of_pairs.contains(key)
+        self.peers_of_pairs.contains_key(key)
     }
 
     /// The named ports of peers at an address.
@@ -87,6 +183,15 @@ impl<const W: usize> Meanings<W> {
         }
         found
     }
+}
+
+fn sets(peers: &PeerMatch) -> impl Iterator<Item = &SetKey> {
+    match peers {
+        PeerMatch::Any => None,
+        PeerMatch::Sets(sets) => Some(sets),
+    }
+    .into_iter()
+    .flatten()
 }
 
 /// Where rows and policies are.
@@ -159,6 +264,11 @@ impl<const W: usize> Content<W> {
         self.writes.push(Write::Policy(id, Policy { first, ..policy }));
         self.policies.insert(key, id);
         Some(id)
+    }
+
+    /// Has something else written with what was given a place.
+    pub(super) fn also(&mut self, writes: impl IntoIterator<Item = Write<W>>) {
+        self.writes.extend(writes);
     }
 
     /// What is to be written before anything leads to it.

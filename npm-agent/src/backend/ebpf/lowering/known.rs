@@ -90,10 +90,20 @@ impl<A: OfFamily> KeptFamily<A> {
         })
     }
 
+    /// Both halves are the same, by steps that were found otherwise.
     pub(super) fn settled(&mut self) {
         self.behind.clear();
         self.networks_behind.clear();
         self.pairs_behind.clear();
+    }
+
+    /// The steps that make both halves what packets use.
+    pub(super) fn settle(&mut self, held: &HeldFamily<A>, half: usize) -> FamilySteps<A> {
+        let mut steps = FamilySteps { sweep: Vec::new(), fill: Vec::new() };
+        self.records_behind(held, half, &BTreeMap::new(), &mut steps);
+        self.networks_behind(held, half, &mut steps);
+        self.pairs_behind(held, half, &BTreeMap::new(), &mut steps);
+        steps
     }
 
     /// The steps of a switch: besides what changes, what is behind has to be brought up to what packets use.
@@ -105,23 +115,29 @@ impl<A: OfFamily> KeptFamily<A> {
         Changed { known, pairs }: Changed<A>,
     ) -> Option<FamilySteps<A>> {
         let mut steps = FamilySteps { sweep: Vec::new(), fill: Vec::new() };
-        self.records(held, half, known, &mut steps)?;
+        self.records_behind(held, half, &known, &mut steps);
+        self.records(held, half, known, &mut steps.fill)?;
+        self.networks_behind(held, half, &mut steps);
+        self.pairs_behind(held, half, &pairs, &mut steps);
+        self.pair_records(held, half, pairs, &mut steps.fill)?;
+        Some(steps)
+    }
+
+    fn networks_behind(&mut self, held: &HeldFamily<A>, half: usize, steps: &mut FamilySteps<A>) {
         for prefix in std::mem::take(&mut self.networks_behind) {
             if let Some(rows) = held.networks.get(&prefix) {
                 steps.fill.push(FamilyWrite::Network(prefix, [rows[half]; 2]));
             }
         }
-        self.pair_records(held, half, pairs, &mut steps)?;
-        Some(steps)
     }
 
-    fn records(
+    fn records_behind(
         &mut self,
         held: &HeldFamily<A>,
         half: usize,
-        changed: BTreeMap<A, Known>,
+        changed: &BTreeMap<A, Known>,
         FamilySteps { sweep, fill }: &mut FamilySteps<A>,
-    ) -> Option<()> {
+    ) {
         let mut behind = std::mem::take(&mut self.behind);
         behind.retain(|address| !changed.contains_key(address));
         for address in behind {
@@ -134,6 +150,15 @@ impl<A: OfFamily> KeptFamily<A> {
                 fill.push(FamilyWrite::Record(place, Record { address, halves: [now; 2] }));
             }
         }
+    }
+
+    fn records(
+        &mut self,
+        held: &HeldFamily<A>,
+        half: usize,
+        changed: BTreeMap<A, Known>,
+        fill: &mut Vec<FamilyWrite<A>>,
+    ) -> Option<()> {
         for (address, then) in changed {
             match held.record(&address) {
                 Some((place, record)) => {
@@ -152,13 +177,13 @@ impl<A: OfFamily> KeptFamily<A> {
         Some(())
     }
 
-    fn pair_records(
+    fn pairs_behind(
         &mut self,
         held: &HeldFamily<A>,
         half: usize,
-        changed: BTreeMap<A::Pair, u32>,
+        changed: &BTreeMap<A::Pair, u32>,
         FamilySteps { sweep, fill }: &mut FamilySteps<A>,
-    ) -> Option<()> {
+    ) {
         let mut behind = std::mem::take(&mut self.pairs_behind);
         behind.retain(|pair| !changed.contains_key(pair));
         for pair in behind {
@@ -171,6 +196,15 @@ impl<A: OfFamily> KeptFamily<A> {
                 fill.push(FamilyWrite::PairRecord(place, PairRecord { pair, rows: [now; 2] }));
             }
         }
+    }
+
+    fn pair_records(
+        &mut self,
+        held: &HeldFamily<A>,
+        half: usize,
+        changed: BTreeMap<A::Pair, u32>,
+        fill: &mut Vec<FamilyWrite<A>>,
+    ) -> Option<()> {
         for (pair, then) in changed {
             match held.pair_record(&pair) {
                 Some((place, record)) => {
