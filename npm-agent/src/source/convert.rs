@@ -24,6 +24,7 @@ mod cidr;
 mod findings;
 mod kind;
 mod node;
+mod path;
 mod policy;
 mod shape;
 mod spelling;

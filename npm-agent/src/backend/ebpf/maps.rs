@@ -18,6 +18,7 @@ use super::lower::{LowerError, OfFamily, isolated};
 use super::lowering::{Lowering, Unfit};
 use super::plan::{Full, Step, isolate, usage};
 use crate::backend::meter::Store;
+use crate::memory;
 use kernel_map::{Entries, KernelMap, Plain};
 
 /// The names of the maps in the object and of their pins.
@@ -241,6 +242,11 @@ impl<const W: usize> Maps<W> {
     }
 
     fn converge(&mut self, goal: &Goal) -> Result<Writes, ApplyError> {
+        let was_kept = self.lowering.is_kept();
+        if !was_kept {
+            // To lower everything takes more memory than anything else, and it often comes after a list.
+            memory::give_back();
+        }
         let steps = match self.lowering.steps(&self.held, goal, &Limits::OBJECT) {
             Ok(steps) => steps,
             Err(does_not_fit) => {
@@ -260,6 +266,9 @@ impl<const W: usize> Maps<W> {
             let settled = self.perform(&steps)?;
             writes.entries += settled.entries;
             writes.waits += settled.waits;
+        }
+        if !was_kept {
+            memory::give_back();
         }
         Ok(writes)
     }
