@@ -15,6 +15,7 @@ pub mod interfaces;
 pub mod lock;
 pub mod logging;
 pub mod matrix;
+mod memory;
 pub mod metrics;
 mod netlink;
 pub mod reconcile;

@@ -403,7 +403,7 @@ impl Reconcile {
     }
 
     fn status(&self) -> Status {
-        let world = self.compiler.world();
+        let size = self.compiler.world().size();
         let problems = self.problems.iter().flat_map(|(origin, problems)| {
             problems.iter().map(|Problem { object, message }| ObjectProblem {
                 origin: origin.clone(),
@@ -429,9 +429,9 @@ impl Reconcile {
             },
             warnings: self.warnings.iter().map(ToString::to_string).collect(),
             world: WorldStatus {
-                pods: world.pods().count(),
-                namespaces: world.namespaces().count(),
-                policies: world.policies().count(),
+                pods: size.pods,
+                namespaces: size.namespaces,
+                policies: size.policies,
                 local_subjects: published.map_or(0, |published| published.goal.subjects.len()),
             },
             generation: published.map_or(0, |published| published.generation),

@@ -36,7 +36,7 @@ use crate::source::Event;
 use crate::source::kube::{self, Credentials};
 use crate::source::manifests;
 use crate::status::server::Server;
-use crate::{disturbance, http, lock, logging};
+use crate::{disturbance, http, lock, logging, memory};
 
 /// How many messages of a source may wait: a source that is ahead of the loop waits too.
 const MAX_EVENTS: usize = 1024;
@@ -55,6 +55,7 @@ pub fn run(flags: Flags) -> anyhow::Result<()> {
     let settings = Settings::load(flags, &HostNames::of_this_machine())?;
     logging::start(settings.log_level, settings.log_format).context("starting the log")?;
     logging::abort_on_panic();
+    memory::keep_little();
     announce(&settings);
     let _lock = lock::take_network_namespace()?;
     lock::sweep();

@@ -10,6 +10,7 @@ pub mod faults;
 mod patch;
 mod query;
 pub mod resource;
+pub mod sent;
 pub mod store;
 mod watch;
 
@@ -35,6 +36,7 @@ use faults::{Fault, Faults, On};
 use patch::Patch;
 use query::Query;
 use resource::{Resource, Target, target};
+use sent::Sent;
 use store::{Key, Store, StoreError, Stored};
 use watch::{Start, Subject};
 
@@ -67,6 +69,7 @@ struct Cluster {
     pages: Mutex<BTreeMap<String, Pages>>,
     tokens: AtomicU64,
     requests: AtomicU64,
+    sent: Sent,
 }
 
 #[derive(Debug)]
@@ -100,6 +103,7 @@ impl Server {
             pages: Mutex::default(),
             tokens: AtomicU64::new(0),
             requests: AtomicU64::new(0),
+            sent: Sent::default(),
         });
         Self::serve(listener, cluster)
     }
@@ -155,6 +159,11 @@ impl Server {
     /// Its faults.
     pub fn faults(&self) -> &Faults {
         &self.cluster.faults
+    }
+
+    /// What its watches have sent of changes.
+    pub fn sent(&self) -> &Sent {
+        &self.cluster.sent
     }
 
     /// Asks for this bearer token from now on.
@@ -359,12 +368,16 @@ fn list(
         metadata["continue"] = json!(token);
         pages.insert(token, Pages { left: rest, version });
     }
-    let items: Vec<&Value> = left.iter().map(|object| &object.value).collect();
-    let list = json!({
-        "kind": format!("{}List", resource.kind), "apiVersion": resource.api_version(), "metadata": metadata,
-        "items": items,
-    });
-    found(StatusCode::OK, &list)
+    let mut text = format!(
+        r#"{{"kind":"{}List","apiVersion":"{}","metadata":{metadata},"items":["#,
+        resource.kind,
+        resource.api_version()
+    );
+    for (index, object) in left.iter().enumerate() {
+        text.extend([if index > 0 { "," } else { "" }, object.text()]);
+    }
+    text.push_str("]}");
+    respond(StatusCode::OK, body::whole(text))
 }
 
 /// Everything but lists and watches.

@@ -14,6 +14,7 @@ use npm_policy::model::{
     Block, Labels, NamedPort, Namespace, NamespaceScope, Operator, Peer, Peers, Pod, PodKey, PodNetwork,
     PodPhase, Policy, PolicyKey, Port, Ports, Protocol, Requirement, Rule, Selector,
 };
+use npm_policy::shared::Shared;
 use npm_policy::world::{Change, World};
 use proptest::collection::{btree_map, btree_set, vec};
 use proptest::prelude::*;
@@ -186,7 +187,7 @@ fn text(of: &'static [&'static str]) -> impl Strategy<Value = Arc<str>> + Clone 
 }
 
 fn labels() -> impl Strategy<Value = Labels> {
-    btree_map(text(&KEYS), text(&VALUES), 0..=3)
+    btree_map(text(&KEYS), text(&VALUES), 0..=3).prop_map(|labels| labels.into_iter().collect())
 }
 
 fn namespaces() -> impl Strategy<Value = Vec<Change>> {
@@ -232,7 +233,7 @@ fn pod() -> impl Strategy<Value = Pod> {
             addresses,
             network,
             phase,
-            ports,
+            ports: ports.into(),
             created,
         },
     )
@@ -404,11 +405,7 @@ pub fn cluster(namespaces: u32, pods: u32, policies: u32, node: &str) -> Vec<Cha
                 addresses: BTreeSet::from([IpAddr::V4(address)]),
                 network: PodNetwork::Own,
                 phase: PodPhase::Active,
-                ports: BTreeSet::from([NamedPort {
-                    name: "http".into(),
-                    protocol: Protocol::Tcp,
-                    port: 8080,
-                }]),
+                ports: Shared::from([NamedPort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }]),
                 created: 1,
             };
             changes.push(Change::Pod(key, Some(pod)));

@@ -17,6 +17,8 @@ use npm_common::mark::ProofBit;
 use npm_policy::flow::{Flow, Transport};
 use npm_policy::goal::Family;
 use npm_policy::model::Protocol;
+use npm_tests::bench::cluster::Cluster;
+use npm_tests::bench::control::{self, Plan};
 use npm_tests::bench::established::established_times;
 use npm_tests::bench::lane::{Lane, measure};
 use npm_tests::bench::world::{BenchWorld, Kind, Size, all_flows};
@@ -85,5 +87,25 @@ fn lanes_pass_hits_and_drop_misses() -> Result<()> {
     // That what arrives is what should is checked batch by batch.
     let times = measure(&mut lanes, &all_flows(&world, 10, 1)?, 1, 20)?;
     ensure!(times.iter().all(|times| times.len() == 4), "a batch is missing: {times:?}");
+    Ok(())
+}
+
+/// `cargo xtask bench control` in small: pods come, go and change, others are replaced meanwhile, everything is listed anew; the
+/// kernel shows each event.
+#[test]
+fn events_reach_the_kernel() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let cluster = Cluster { namespaces: 40 };
+    let least =
+        cluster.objects().filter(|object| object["kind"] == "Pod").map(|pod| pod.to_string().len()).min();
+    ensure!(least > Some(4096), "pods as a cluster sends them are larger: {least:?}");
+    let plan = Plan { backend: "ebpf".to_owned(), cluster, streaming_lists: true, churn: 2, probes: 6 };
+    let figures = control::run(plan)?.events;
+    ensure!(figures.latencies.len() == 6, "{figures:?}");
+    let (events, bytes) = figures.sent;
+    ensure!(events >= 6 && bytes > 4096 * (events - 3) && bytes < 9000 * events, "{figures:?}");
+    ensure!(figures.applies > 0 && figures.applies <= events + 10, "{figures:?}");
     Ok(())
 }

@@ -9,7 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use npm_agent::backend::ebpf::held::{FamilyWrite, Held, HeldFamily, Limits, Readers, Write};
-use npm_agent::backend::ebpf::lower::{Lowered, OfFamily, isolated, lower_with};
+use npm_agent::backend::ebpf::lower::{Lowered, OfFamily, isolated, lower_with, most_bits, needed_bits};
+use npm_agent::backend::ebpf::lowering::{Lowering, Unfit};
 use npm_agent::backend::ebpf::plan::{Full, MapName, Step, filled, isolate, plan, settle};
 use npm_common::decide::{self, Judgement, Lookups, Verdict};
 use npm_common::layout::{Address, Bits, Generation, PairRecord, Policy, Record, V4, V6};
@@ -18,6 +19,7 @@ use npm_policy::flow::{Flow, Transport};
 use npm_policy::goal::Goal;
 use npm_policy::model::{Block, Peer, Peers, Port, Ports, Protocol, Rule};
 use npm_policy::world::{Change, World};
+use npm_tests::bench::{self, cluster::Cluster};
 use npm_tests::opinions::plain;
 use npm_tests::property::check;
 use npm_tests::random::{NODES, SplitMix, cluster, flows, sequence, world};
@@ -39,6 +41,10 @@ struct Seen {
     passed: Cell<u64>,
     graces: Cell<u64>,
     plans: Cell<u64>,
+    /// Of these, those that were found by what differs from the last goal.
+    by_difference: Cell<u64>,
+    /// Of these, those in which bits came.
+    turned_over: Cell<u64>,
     full: Cell<u64>,
 }
 
@@ -239,25 +245,31 @@ fn little_room(goal: &Goal, room: u32) -> Result<Limits, TestCaseError> {
     })
 }
 
-/// Takes the maps to a goal, and looks at every instant. Ends early after `cut` steps.
+/// Takes the maps to a goal, and looks at every instant. Ends early after `cut` steps. Whichever way the steps were found, at
+/// the end lowering everything finds nothing that is left to do.
 fn walk(
-    held: &mut Held<W>,
+    (held, lowering): (&mut Held<W>, &mut Lowering<W>),
     goal: &Goal,
     probes: &[Flow],
     cut: Option<usize>,
     (limits, dice, seen): (&Limits, &mut SplitMix, &Seen),
 ) -> Result<(), TestCaseError> {
-    let wanted = lowered(held, goal)?;
     let before: Vec<Verdict> = probes.iter().map(|flow| held.decide(flow)).collect();
     let after: Vec<Verdict> = probes.iter().map(|flow| plain(&goal.verdict(flow))).collect();
-    let steps = match plan(held, &wanted, limits) {
+    prop_assert!(needed_bits(goal) <= most_bits(goal));
+    let steps = match lowering.steps(held, goal, limits) {
         Ok(steps) => steps,
-        Err(_) => {
+        Err(Unfit::Lower(error)) => return Err(TestCaseError::fail(error.to_string())),
+        Err(Unfit::Full(_)) => {
             add(&seen.full, 1);
             return strict(held, goal, probes, limits);
         }
     };
     add(&seen.plans, 1);
+    let by_difference = lowering.is_kept() && !steps.is_empty();
+    add(&seen.by_difference, usize::from(by_difference));
+    let gives_bits = steps.iter().any(|step| matches!(step, Step::Write(Write::Meaning(..))));
+    add(&seen.turned_over, usize::from(by_difference && gives_bits));
     let steps = &steps[..cut.unwrap_or(usize::MAX).min(steps.len())];
     let began = held.generation;
     let start = held.clone();
@@ -303,19 +315,32 @@ fn walk(
             );
         }
     }
-    if cut.is_none() {
+    if cut.is_some() {
+        lowering.forget();
+    } else {
+        lowering.done(held, goal, limits);
         for (flow, after) in probes.iter().zip(&after) {
             prop_assert_eq!(held.decide(flow), *after, "{} at the end", flow);
         }
         // The other half is made the same, or left as it is; packets see neither.
         if dice.next().is_multiple_of(2) {
-            for now in settle(held, limits) {
+            for now in lowering.settle(held, limits) {
                 step(held, &now, limits).map_err(TestCaseError::fail)?;
                 for (flow, after) in probes.iter().zip(&after) {
                     prop_assert_eq!(held.decide(flow), *after, "{} after {:?}", flow, now);
                 }
             }
-            prop_assert_eq!(settle(held, limits), vec![]);
+            for left in settle(held, limits) {
+                // A prefix that says what the next shorter one says goes when everything is looked at.
+                let is_idle = matches!(
+                    left,
+                    Step::Grace
+                        | Step::Write(
+                            Write::V4(FamilyWrite::DropNetwork(_)) | Write::V6(FamilyWrite::DropNetwork(_))
+                        )
+                );
+                prop_assert!(is_idle, "not settled: {:?}", left);
+            }
         }
         // Only sweeping is left, and then nothing.
         for step_now in
@@ -417,14 +442,14 @@ fn packets_see_the_old_goal_or_the_new() {
     check(REGRESSIONS, "plans", 120, strategy, |(start, changes, seed, at_once, adopter)| {
         let mut dice = SplitMix(seed);
         let mut compiler = compiler(start);
-        let mut held = Held::<W>::default();
+        let (mut held, mut lowering) = (Held::<W>::default(), Lowering::default());
         let empty = World::default();
         let all = probes([compiler.world(), &empty], seed);
         let limits = match dice.next() % 4 {
             0 => Limits::OBJECT,
             some => little_room(&compiler.goal(), [0, 3, 8, 20][usize::try_from(some).expect("below 4")])?,
         };
-        walk(&mut held, &compiler.goal(), &all, None, (&limits, &mut dice, &seen))?;
+        walk((&mut held, &mut lowering), &compiler.goal(), &all, None, (&limits, &mut dice, &seen))?;
         for changes in changes.chunks(at_once) {
             let before = compiler.clone();
             compiler.apply(changes.to_vec());
@@ -433,27 +458,29 @@ fn packets_see_the_old_goal_or_the_new() {
             let third =
                 [&new, &old, &Goal::default()][usize::try_from(dice.next() % 3).expect("below 3")].clone();
             // Cut short, twice, then on: to the new state, back to the old one, or to nothing.
-            let mut other = held.clone();
+            let (mut other, mut found) = (held.clone(), Lowering::default());
             for goal in [&new, &old] {
                 let cut = usize::try_from(dice.next() % 40).expect("small");
-                walk(&mut other, goal, &probes, Some(cut), (&limits, &mut dice, &seen))?;
+                walk((&mut other, &mut found), goal, &probes, Some(cut), (&limits, &mut dice, &seen))?;
                 other.readers = Readers::Behind;
                 match adopter {
                     Adopter::Reads => {}
                     Adopter::Renumbers => other.meanings.clear(),
                 }
             }
-            walk(&mut other, &third, &probes, None, (&limits, &mut dice, &seen))?;
-            walk(&mut other, &new, &probes, None, (&limits, &mut dice, &seen))?;
+            walk((&mut other, &mut found), &third, &probes, None, (&limits, &mut dice, &seen))?;
+            walk((&mut other, &mut found), &new, &probes, None, (&limits, &mut dice, &seen))?;
             // Whole, and on from there.
-            walk(&mut held, &new, &probes, None, (&limits, &mut dice, &seen))?;
+            walk((&mut held, &mut lowering), &new, &probes, None, (&limits, &mut dice, &seen))?;
         }
         Ok(())
     });
-    let Seen { writes, checked, raced, passed, graces, plans, full } = &seen;
+    let Seen { writes, checked, raced, passed, graces, plans, by_difference, turned_over, full } = &seen;
     println!(
-        "{} plans and {} that did not fit; {} steps, {} of them waits, {} verdicts between; {} packets, {} of them saw writes",
+        "{} plans ({} by difference, in {} of them other bits) and {} that did not fit; {} steps, {} of them waits, {} verdicts between; {} packets, {} of them saw writes",
         plans.get(),
+        by_difference.get(),
+        turned_over.get(),
         full.get(),
         writes.get(),
         graces.get(),
@@ -461,7 +488,90 @@ fn packets_see_the_old_goal_or_the_new() {
         raced.get(),
         passed.get()
     );
-    assert!(passed.get() > 5_000 && graces.get() > 300 && full.get() > 10);
+    assert!(passed.get() > 5_000 && graces.get() > 300 && full.get() > 10 && turned_over.get() > 40);
+}
+
+/// Pods and policies come, go and change, namespaces are relabelled: nearly all of it is found by what differs, and each time
+/// it is what lowering everything would have found.
+#[test]
+fn what_differs_leads_where_everything_does() {
+    let seen = Seen::default();
+    let strategy = (world(), sequence(30..60), any::<u64>());
+    check(REGRESSIONS, "differences", 40, strategy, |(start, changes, seed)| {
+        let mut dice = SplitMix(seed);
+        let has_blocks = dice.next().is_multiple_of(4);
+        let some = |changes: Vec<Change>| match has_blocks {
+            true => changes,
+            // Where a block comes or goes, everything is looked at.
+            false => changes.into_iter().map(without_blocks).collect(),
+        };
+        let (mut compiler, changes) = (compiler(some(start)), some(changes));
+        let (mut held, mut lowering) = (Held::<W>::default(), Lowering::default());
+        for change in changes {
+            let before = compiler.world().clone();
+            compiler.apply([change]);
+            let probes = probes([&before, compiler.world()], dice.next());
+            let known = (&Limits::OBJECT, &mut dice, &seen);
+            walk((&mut held, &mut lowering), &compiler.goal(), &probes, None, known)?;
+        }
+        Ok(())
+    });
+    let Seen { plans, by_difference, turned_over, passed, .. } = &seen;
+    println!(
+        "{} plans, {} by difference, in {} of them other bits; {} packets saw writes",
+        plans.get(),
+        by_difference.get(),
+        turned_over.get(),
+        passed.get()
+    );
+    assert!(by_difference.get() > 80 && turned_over.get() > 40 && passed.get() > 1_000);
+}
+
+fn without_blocks(change: Change) -> Change {
+    let Change::Policy(key, Some(mut policy)) = change else { return change };
+    for rule in policy.ingress.iter_mut().chain(&mut policy.egress).flatten() {
+        match &mut rule.peers {
+            Peers::Any => {}
+            Peers::Only(peers) => peers.retain(|peer| !matches!(peer, Peer::Block(_))),
+        }
+    }
+    Change::Policy(key, Some(policy))
+}
+
+/// In a large cluster one pod's change costs a few writes, by difference, and no more of them however many pods there are.
+#[test]
+fn one_pod_costs_what_it_changes() {
+    let cluster = Cluster { namespaces: 200 };
+    let mut compiler = Compiler::new(bench::cluster::NODE);
+    compiler.apply(cluster.changes());
+    let (mut held, mut lowering) = (Held::<16>::default(), Lowering::default());
+    let goal = compiler.goal();
+    let steps = lowering.steps(&held, &goal, &Limits::OBJECT).expect("it fits");
+    assert!(steps.len() > 4000, "{} steps for the first goal", steps.len());
+    carry_out(&mut held, &steps);
+    lowering.done(&held, &goal, &Limits::OBJECT);
+    let steps = lowering.settle(&held, &Limits::OBJECT);
+    carry_out(&mut held, &steps);
+    for number in 0..30 {
+        let probe = cluster.probe(number);
+        compiler.apply([Change::Pod(probe.key, probe.pod)]);
+        let goal = compiler.goal();
+        let steps = lowering.steps(&held, &goal, &Limits::OBJECT).expect("it fits");
+        assert!(lowering.is_kept(), "event {number}: everything was lowered");
+        // Its record and place, those of the event before, a new row, perhaps a policy with its segments; the switch.
+        assert!((1..=14).contains(&steps.len()), "event {number}: {steps:?}");
+        carry_out(&mut held, &steps);
+        lowering.done(&held, &goal, &Limits::OBJECT);
+    }
+}
+
+fn carry_out(held: &mut Held<16>, steps: &[Step<16>]) {
+    for step in steps {
+        match step {
+            Step::Grace => held.readers = Readers::Current,
+            Step::Write(write) => held.write(write),
+        }
+    }
 }
 
 /// Every map's limit is met, named, and changes nothing; what fits is taken in afterwards.

@@ -407,7 +407,7 @@ fn pod(name: &str, address: &str, labels: &[&str]) -> Change {
         addresses: [address.parse().expect("an address")].into(),
         network: PodNetwork::Own,
         phase: PodPhase::Active,
-        ports: BTreeSet::new(),
+        ports: [].into(),
         created: 0,
     };
     Change::Pod(key, Some(pod))

@@ -50,9 +50,9 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
-    /// Measure what a new flow costs, by backend and number of policies (needs root; docs/benchmarks.md)
+    /// Measure what a new flow costs, or what following a large cluster does (needs root; docs/benchmarks.md)
     Bench {
-        /// Arguments of the program itself: datapath --policies N... --rounds N --skip-packets
+        /// Arguments of the program itself: datapath --policies N... --rounds N --skip-packets; control --backend B...
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },

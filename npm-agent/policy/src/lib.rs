@@ -12,10 +12,12 @@
 #![forbid(unsafe_code)]
 
 pub mod compile;
+mod few;
 pub mod flow;
 pub mod goal;
 mod judge;
 pub mod model;
 pub mod names;
+pub mod shared;
 pub mod verdict;
 pub mod world;

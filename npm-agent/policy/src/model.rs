@@ -11,12 +11,14 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use crate::shared::{Pool, Shared};
+
 /// The label that Kubernetes puts on every namespace, with the namespace's name as its value
 /// (Kubernetes documentation, "Automatic labelling"; immutable).
 pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
 
-/// Labels of a pod or a namespace.
-pub type Labels = BTreeMap<Arc<str>, Arc<str>>;
+/// Labels of a pod or a namespace. Many pods have the same.
+pub type Labels = Shared<BTreeMap<Arc<str>, Arc<str>>>;
 
 /// Identifies a pod, a policy: a name within a namespace. Prints as `namespace/name`.
 macro_rules! namespaced_key {
@@ -76,7 +78,7 @@ pub struct Pod {
     /// Whether it has ended for good.
     pub phase: PodPhase,
     /// Named container ports, of init and sidecar containers too. Ports without a name decide nothing.
-    pub ports: BTreeSet<NamedPort>,
+    pub ports: Shared<BTreeSet<NamedPort>>,
     /// `metadata.creationTimestamp` in seconds since 1970; 0 when unknown. Of two pods that claim an address the
     /// one created last holds it (see [`crate::world::World`]).
     pub created: i64,
@@ -269,7 +271,7 @@ impl fmt::Display for Protocol {
 /// duplicates, so that equal conjunctions compare equal.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Selector {
-    requirements: BTreeSet<Requirement>,
+    requirements: Shared<BTreeSet<Requirement>>,
 }
 
 impl Selector {
@@ -281,6 +283,11 @@ impl Selector {
     /// The selector that matches everything.
     pub fn everything() -> Self {
         Self::default()
+    }
+
+    /// The same, shared with the pool's.
+    pub fn shared(&self, pool: &mut Pool<Shared<BTreeSet<Requirement>>>) -> Self {
+        Self { requirements: pool.shared(self.requirements.clone()) }
     }
 
     /// The requirements, in order.

@@ -3,6 +3,8 @@
 //! A [`World`] is a function of the objects it holds, never of the order in which they came. It stores and finds; it
 //! decides nothing about policies.
 
+use std::borrow::Borrow;
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::ops::Bound;
@@ -10,6 +12,7 @@ use std::sync::Arc;
 
 use imbl::OrdSet;
 
+use crate::few::Few;
 use crate::model::{Labels, Namespace, Pod, PodKey, PodNetwork, PodPhase, Policy, PolicyKey};
 
 /// One object as it is from now on; `None`: it is gone.
@@ -26,15 +29,64 @@ pub enum Change {
 /// A label, as an index key.
 type Label = (Arc<str>, Arc<str>);
 
+/// A pod in the place of its key: in a large cluster the keys of all indexes would be more than the pods.
+#[derive(Clone, Debug)]
+struct ByKey(Arc<Pod>);
+
+impl Borrow<PodKey> for ByKey {
+    fn borrow(&self) -> &PodKey {
+        &self.0.key
+    }
+}
+
+impl Ord for ByKey {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.0.key.cmp(&other.0.key)
+    }
+}
+
+/// A pod that claims an address, in the place of (created, key).
+#[derive(Clone, Debug)]
+struct ByAge(Arc<Pod>);
+
+impl Ord for ByAge {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (self.0.created, &self.0.key).cmp(&(other.0.created, &other.0.key))
+    }
+}
+
+/// Compared as they are ordered.
+macro_rules! compared {
+    ($of:ty) => {
+        impl PartialEq for $of {
+            fn eq(&self, other: &Self) -> bool {
+                self.cmp(other).is_eq()
+            }
+        }
+
+        impl Eq for $of {}
+
+        impl PartialOrd for $of {
+            fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+                Some(self.cmp(other))
+            }
+        }
+    };
+}
+compared!(ByKey);
+compared!(ByAge);
+
 /// The present cluster.
 #[derive(Clone, Debug, Default)]
 pub struct World {
-    pods: BTreeMap<PodKey, Arc<Pod>>,
+    pods: BTreeSet<ByKey>,
     namespaces: BTreeMap<Arc<str>, Arc<Namespace>>,
     policies: BTreeMap<PolicyKey, Arc<Policy>>,
-    /// Who claims an address, the holder last: (created, key), see [`World::holder`].
-    claims: BTreeMap<IpAddr, BTreeSet<(i64, PodKey)>>,
-    pods_by_label: BTreeMap<Label, BTreeSet<PodKey>>,
+    /// Who claims an address, the holder last: see [`World::holder`].
+    claims: BTreeMap<IpAddr, Few<ByAge>>,
+    /// The addresses that have more than one claim.
+    contested: BTreeSet<IpAddr>,
+    pods_by_label: BTreeMap<Label, Few<ByKey>>,
 }
 
 /// How many objects of each kind there are.
@@ -64,8 +116,8 @@ impl From<Objects> for World {
     fn from(Objects { pods, namespaces, policies }: Objects) -> Self {
         let mut world = Self::default();
         for pod in pods {
-            world.index(&pod.key, &pod);
-            world.pods.insert(pod.key.clone(), pod);
+            world.index(&pod);
+            world.pods.insert(ByKey(pod));
         }
         world.namespaces = namespaces.into_iter().map(|it| (Arc::clone(&it.name), it)).collect();
         world.policies = policies.into_iter().map(|it| (it.key.clone(), it)).collect();
@@ -76,22 +128,23 @@ impl From<Objects> for World {
 impl PartialEq for World {
     fn eq(&self, other: &Self) -> bool {
         // The other fields are indexes over these.
-        self.pods == other.pods && self.namespaces == other.namespaces && self.policies == other.policies
+        self.pods().eq(other.pods()) && self.namespaces == other.namespaces && self.policies == other.policies
     }
 }
 
 impl World {
-    /// Replaces one object. A pod or policy whose own key differs from the change's is stored under its own key by
-    /// the caller's mistake only; the key of the change counts.
+    /// Replaces one object. The key of the change counts, also for a pod or a policy that has another by the caller's
+    /// mistake.
     pub fn apply(&mut self, change: Change) {
         match change {
             Change::Pod(key, pod) => {
-                if let Some(old) = self.pods.remove(&key) {
-                    self.unindex(&key, &old);
+                if let Some(ByKey(old)) = self.pods.take(&key) {
+                    self.unindex(&old);
                 }
                 if let Some(pod) = pod {
-                    self.index(&key, &pod);
-                    self.pods.insert(key, Arc::new(pod));
+                    let pod = Arc::new(Pod { key, ..pod });
+                    self.index(&pod);
+                    self.pods.insert(ByKey(pod));
                 }
             }
             Change::Namespace(name, namespace) => match namespace {
@@ -113,7 +166,7 @@ impl World {
     /// All objects, as pointers: for somebody who wants to look at a whole world elsewhere, at the price of counting them.
     pub fn objects(&self) -> Objects {
         Objects {
-            pods: self.pods.values().cloned().collect(),
+            pods: self.pods().cloned().collect(),
             namespaces: self.namespaces.values().cloned().collect(),
             policies: self.policies.values().cloned().collect(),
         }
@@ -121,12 +174,12 @@ impl World {
 
     /// All pods, in order of their keys.
     pub fn pods(&self) -> impl Iterator<Item = &Arc<Pod>> {
-        self.pods.values()
+        self.pods.iter().map(|ByKey(pod)| pod)
     }
 
     /// One pod.
     pub fn pod(&self, key: &PodKey) -> Option<&Arc<Pod>> {
-        self.pods.get(key)
+        self.pods.get(key).map(|ByKey(pod)| pod)
     }
 
     /// The pods of a namespace.
@@ -134,18 +187,18 @@ impl World {
         let first = PodKey::new(Arc::clone(namespace), "");
         self.pods
             .range((Bound::Included(first), Bound::Unbounded))
-            .take_while(move |(key, _)| key.namespace == *namespace)
-            .map(|(_, pod)| pod)
+            .map(|ByKey(pod)| pod)
+            .take_while(move |pod| pod.key.namespace == *namespace)
     }
 
-    /// The pods that carry a label, in all namespaces.
+    /// The pods that carry a label, in all namespaces and in order of their keys.
     pub fn pods_with<'a>(
         &'a self,
         key: &Arc<str>,
         value: &Arc<str>,
     ) -> impl Iterator<Item = &'a Arc<Pod>> + use<'a> {
-        let keys = self.pods_by_label.get(&(Arc::clone(key), Arc::clone(value)));
-        keys.into_iter().flatten().filter_map(|key| self.pods.get(key))
+        let pods = self.pods_by_label.get(&(Arc::clone(key), Arc::clone(value)));
+        pods.into_iter().flat_map(Few::iter).map(|ByKey(pod)| pod)
     }
 
     /// All namespaces that have been seen, in order of their names.
@@ -181,13 +234,13 @@ impl World {
     /// created last (then the greatest key). So an address that was given to a new pod before the old one's end
     /// was seen is the new pod's, in whatever order the events come.
     pub fn holder(&self, address: IpAddr) -> Option<&Arc<Pod>> {
-        let (_, key) = self.claims.get(&address)?.last()?;
-        self.pods.get(key)
+        let ByAge(pod) = self.claims.get(&address)?.last()?;
+        Some(pod)
     }
 
     /// Everybody who claims an address, the holder last.
     pub fn claimants(&self, address: IpAddr) -> impl DoubleEndedIterator<Item = &PodKey> {
-        self.claims.get(&address).into_iter().flatten().map(|(_, key)| key)
+        self.claims.get(&address).into_iter().flat_map(Few::iter).map(|ByAge(pod)| &pod.key)
     }
 
     /// The addresses that a pod holds: none for one that has ended or is on the host's network.
@@ -207,26 +260,30 @@ impl World {
 
     /// The addresses that more than one pod claims.
     pub fn contested(&self) -> impl Iterator<Item = IpAddr> {
-        self.claims.iter().filter(|(_, claims)| claims.len() > 1).map(|(address, _)| *address)
+        self.contested.iter().copied()
     }
 
-    fn index(&mut self, key: &PodKey, pod: &Pod) {
+    fn index(&mut self, pod: &Arc<Pod>) {
         for (name, value) in &pod.labels {
             let label = (Arc::clone(name), Arc::clone(value));
-            self.pods_by_label.entry(label).or_default().insert(key.clone());
+            self.pods_by_label.entry(label).or_default().insert(ByKey(Arc::clone(pod)));
         }
         if claims_addresses(pod) {
             for address in &pod.addresses {
-                self.claims.entry(*address).or_default().insert((pod.created, key.clone()));
+                let claims = self.claims.entry(*address).or_default();
+                claims.insert(ByAge(Arc::clone(pod)));
+                if claims.len() > 1 {
+                    self.contested.insert(*address);
+                }
             }
         }
     }
 
-    fn unindex(&mut self, key: &PodKey, pod: &Pod) {
+    fn unindex(&mut self, pod: &Arc<Pod>) {
         for (name, value) in &pod.labels {
             let label = (Arc::clone(name), Arc::clone(value));
             if let Some(pods) = self.pods_by_label.get_mut(&label) {
-                pods.remove(key);
+                pods.remove(&ByKey(Arc::clone(pod)));
                 if pods.is_empty() {
                     self.pods_by_label.remove(&label);
                 }
@@ -235,7 +292,10 @@ impl World {
         if claims_addresses(pod) {
             for address in &pod.addresses {
                 if let Some(claims) = self.claims.get_mut(address) {
-                    claims.remove(&(pod.created, key.clone()));
+                    claims.remove(&ByAge(Arc::clone(pod)));
+                    if claims.len() < 2 {
+                        self.contested.remove(address);
+                    }
                     if claims.is_empty() {
                         self.claims.remove(address);
                     }
@@ -275,7 +335,7 @@ mod tests {
                 addresses: [IpAddr::from([10, 0, 0, 1])].into(),
                 network,
                 phase,
-                ports: BTreeSet::new(),
+                ports: [].into(),
                 created,
             };
             world.apply(Change::Pod(key, Some(pod)));

@@ -21,6 +21,7 @@ mod grace;
 pub mod held;
 pub mod kernel;
 pub mod lower;
+pub mod lowering;
 pub mod maps;
 mod meter;
 mod outlook;

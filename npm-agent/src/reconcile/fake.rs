@@ -1,6 +1,5 @@
 //! A backend without a kernel, and a loop around it, for tests.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -238,7 +237,7 @@ pub(crate) fn pod(name: &str, address: [u8; 4], labels: &[(&str, &str)]) -> Chan
 }
 
 pub(crate) fn namespace(name: &str) -> Change {
-    Change::Namespace(name.into(), Some(Namespace::new(name, BTreeMap::new())))
+    Change::Namespace(name.into(), Some(Namespace::new(name, Labels::new())))
 }
 
 /// A policy that lets everybody in, and nobody else's pods out.

@@ -24,6 +24,7 @@ mod cidr;
 mod findings;
 mod kind;
 mod node;
+mod path;
 mod policy;
 mod shape;
 mod spelling;
@@ -167,7 +168,7 @@ fn typed_pod(pod: &core::Pod, mut findings: Findings) -> Object {
             Some("Pending") => PodPhase::Pending,
             Some(_) | None => PodPhase::Active,
         },
-        ports: spec.map(|spec| named_ports(spec, &mut findings)).unwrap_or_default(),
+        ports: spec.map(|spec| named_ports(spec, &mut findings)).unwrap_or_default().into(),
         created: metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
     };
     Object {

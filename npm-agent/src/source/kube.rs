@@ -18,6 +18,7 @@ mod client;
 mod failure;
 mod known;
 mod lines;
+mod pools;
 mod watch;
 mod wire;
 

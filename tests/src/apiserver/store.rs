@@ -1,7 +1,7 @@
 //! The objects with their versions, and the log that watches read.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use npm_agent::source::convert::{Node, document};
@@ -19,6 +19,14 @@ pub(super) type Key = (&'static Resource, String, String);
 pub(super) struct Stored {
     pub(super) value: Value,
     pub(super) version: u64,
+    text: OnceLock<Box<str>>,
+}
+
+impl Stored {
+    /// Its JSON, which is made once: a real server has it in its cache, too.
+    pub(super) fn text(&self) -> &str {
+        self.text.get_or_init(|| self.value.to_string().into())
+    }
 }
 
 /// What happened to an object.
@@ -101,11 +109,18 @@ impl Store {
         version
     }
 
-    /// Takes an object away. False: it was not there.
-    pub fn remove(&self, plural: &str, namespace: &str, name: &str) -> bool {
-        let resource = super::resource::RESOURCES.iter().find(|resource| resource.plural == plural);
-        let Some(resource) = resource else { return false };
-        self.delete(&(resource, namespace.to_owned(), name.to_owned())).is_ok()
+    /// Makes the JSON of all objects now, ahead of the first list.
+    pub fn prepare(&self) {
+        let objects: Vec<Arc<Stored>> = self.lock().objects.values().cloned().collect();
+        for object in &objects {
+            object.text();
+        }
+    }
+
+    /// Takes an object away, and gives the version of that; `None`: it was not there.
+    pub fn remove(&self, plural: &str, namespace: &str, name: &str) -> Option<u64> {
+        let resource = super::resource::RESOURCES.iter().find(|resource| resource.plural == plural)?;
+        self.delete(&(resource, namespace.to_owned(), name.to_owned())).ok()
     }
 
     /// Forgets the log: whoever wants to go on from an older version has to list.
@@ -190,10 +205,12 @@ impl Store {
         state.objects.get(key).cloned().ok_or(StoreError::NotFound)
     }
 
-    /// Deletes an object; a namespace takes along what is in it.
-    pub(super) fn delete(&self, key: &Key) -> Result<Arc<Stored>, StoreError> {
+    /// Deletes an object, and gives the version of that; a namespace takes along what is in it.
+    pub(super) fn delete(&self, key: &Key) -> Result<u64, StoreError> {
         let mut state = self.lock();
-        let old = state.objects.get(key).cloned().ok_or(StoreError::NotFound)?;
+        if !state.objects.contains_key(key) {
+            return Err(StoreError::NotFound);
+        }
         if key.0.kind == "Namespace" {
             let within = |(_, namespace, _): &&Key| *namespace == key.2;
             let inside: Vec<Key> = state.objects.keys().filter(within).cloned().collect();
@@ -201,9 +218,9 @@ impl Store {
                 state.write(key, None);
             }
         }
-        state.write(key.clone(), None);
+        let version = state.write(key.clone(), None);
         self.newest.send_replace(state.version);
-        Ok(old)
+        Ok(version)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -218,7 +235,7 @@ impl State {
         let version = self.version;
         let stamped = |mut value: Value| {
             value["metadata"]["resourceVersion"] = json!(version.to_string());
-            Arc::new(Stored { value, version })
+            Arc::new(Stored { value, version, text: OnceLock::new() })
         };
         let (happened, object) = match value {
             Some(value) => {

@@ -12,7 +12,7 @@ use super::body::Writer;
 use super::faults::Disturbance;
 use super::query::Query;
 use super::resource::Resource;
-use super::store::{Happened, Logged, Stored};
+use super::store::{Happened, Logged};
 
 /// How long a watch waits for the second of two events that are to change places.
 const SWAP_PATIENCE: Duration = Duration::from_millis(200);
@@ -48,13 +48,17 @@ pub(super) async fn run(cluster: Arc<Cluster>, subject: Subject, start: Start, w
             let (objects, version) = cluster.store.list(resource, namespace.as_deref());
             let mut text = String::new();
             for object in objects.iter().filter(|object| query.selects(&object.value)) {
-                line(&mut text, "ADDED", &object.value);
+                line(&mut text, "ADDED", object.text());
                 if text.len() > 256 << 10 && !writer.write(std::mem::take(&mut text)).await {
                     return;
                 }
             }
             if marked {
-                line(&mut text, "BOOKMARK", &bookmark(resource, version, Some("k8s.io/initial-events-end")));
+                line(
+                    &mut text,
+                    "BOOKMARK",
+                    &bookmark(resource, version, Some("k8s.io/initial-events-end")).to_string(),
+                );
             }
             if !text.is_empty() && !writer.write(text).await {
                 return;
@@ -89,6 +93,7 @@ pub(super) async fn run(cluster: Arc<Cluster>, subject: Subject, start: Start, w
             at = version;
         }
         let text: String = news.iter().filter(|logged| is_for(logged, query)).map(logged_line).collect();
+        cluster.sent.note(&news, text.len());
         if !text.is_empty() && !writer.write(text).await {
             return;
         }
@@ -99,7 +104,7 @@ pub(super) async fn run(cluster: Arc<Cluster>, subject: Subject, start: Start, w
             () = sleep_until(next_bookmark), if query.is_true("allowWatchBookmarks") => {
                 next_bookmark = Instant::now() + cluster.bookmark_interval;
                 let mut text = String::new();
-                line(&mut text, "BOOKMARK", &bookmark(resource, at, None));
+                line(&mut text, "BOOKMARK", &bookmark(resource, at, None).to_string());
                 if !writer.write(text).await {
                     return;
                 }
@@ -168,20 +173,19 @@ fn logged_line(logged: &Logged) -> String {
         Happened::Modified => "MODIFIED",
         Happened::Deleted => "DELETED",
     };
-    let Stored { value, version: _ } = &**object;
     let mut text = String::new();
-    line(&mut text, event, value);
+    line(&mut text, event, object.text());
     text
 }
 
-fn line(text: &mut String, event: &str, object: &Value) {
-    text.push_str(&json!({"type": event, "object": object}).to_string());
-    text.push('\n');
+fn line(text: &mut String, event: &str, object: &str) {
+    // The parts of the line are JSON already.
+    text.extend([r#"{"type":""#, event, r#"","object":"#, object, "}\n"]);
 }
 
 fn error_line(code: u16) -> String {
     let mut text = String::new();
-    line(&mut text, "ERROR", &super::status(code, "planted or too old"));
+    line(&mut text, "ERROR", &super::status(code, "planted or too old").to_string());
     text
 }
 

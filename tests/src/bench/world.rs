@@ -274,7 +274,7 @@ fn pod(name: &str, node: &str, addresses: [IpAddr; 2], label: &str, value: &str)
     let pod = Pod {
         key: key.clone(),
         node: Some(node.into()),
-        labels: BTreeMap::from([(label.into(), value.into())]),
+        labels: Labels::from([(label.into(), value.into())]),
         addresses: addresses.into(),
         network: PodNetwork::Own,
         phase: PodPhase::Active,

@@ -1,11 +1,13 @@
-//! `cargo xtask bench datapath`: what a new flow costs, by backend and number of policies. docs/benchmarks.md says how to
-//! read it.
+//! `cargo xtask bench datapath`: what a new flow costs, by backend and number of policies. `cargo xtask bench control`: what the
+//! agent takes to follow a large cluster. docs/benchmarks.md says how to read both.
 //!
 //! ```text
 //! cargo xtask bench datapath                          N = 1, 10, 100, 1,000, 10,000 (minutes)
 //! cargo xtask bench datapath --policies 1 100         some
 //! cargo xtask bench datapath --rounds 3 --skip-packets  the program alone
 //! cargo xtask bench datapath --policies 10000 --skip-iptables
+//! cargo xtask bench control                           both backends, and a server without streaming lists
+//! cargo xtask bench control --backend ebpf --probes 1000
 //! ```
 #![forbid(unsafe_code)]
 
@@ -27,6 +29,8 @@ use npm_common::mark::ProofBit;
 use npm_policy::flow::{Flow, Transport};
 use npm_policy::goal::{Family, Goal};
 use npm_policy::model::Protocol;
+use npm_tests::bench::cluster::{Cluster, LOCAL_PODS as CLUSTER_LOCAL_PODS, NAMESPACES, PODS};
+use npm_tests::bench::control::{self, Events, Figures, Memory, Plan};
 use npm_tests::bench::established::established_times;
 use npm_tests::bench::lane::{Lane, Times, measure, median};
 use npm_tests::bench::runs::{MapMemory, maps, verdict_times};
@@ -46,6 +50,27 @@ struct Cli {
 enum Command {
     /// What a new flow costs, by backend and number of policies
     Datapath(Arguments),
+    /// Memory of the agent, time to the first programming, from an event to the kernel
+    Control(ControlArguments),
+}
+
+#[derive(clap::Args)]
+struct ControlArguments {
+    /// The backends
+    #[arg(long, num_args = 1.., default_values = ["ebpf", "iptables"])]
+    backend: Vec<String>,
+    /// Namespaces, of 20 pods and 2 policies each
+    #[arg(long, default_value_t = NAMESPACES)]
+    namespaces: u32,
+    /// Pods replaced a second while events are measured
+    #[arg(long, default_value_t = 20)]
+    churn: u32,
+    /// Events that are measured with eBPF; a tenth of it with iptables
+    #[arg(long, default_value_t = 500)]
+    probes: u32,
+    /// Measure with a server without streaming lists only
+    #[arg(long)]
+    pages: bool,
 }
 
 #[derive(clap::Args)]
@@ -77,7 +102,67 @@ struct Arguments {
 }
 
 fn main() -> Result<()> {
-    let Cli { command: Command::Datapath(arguments) } = Cli::parse();
+    match Cli::parse().command {
+        Command::Datapath(arguments) => datapath(arguments),
+        Command::Control(arguments) => follow(&arguments),
+    }
+}
+
+/// What the agent takes to follow a cluster.
+fn follow(arguments: &ControlArguments) -> Result<()> {
+    let ControlArguments { backend, namespaces, churn, probes, pages } = arguments;
+    let (cluster, churn) = (Cluster { namespaces: *namespaces }, *churn);
+    let sizes: Vec<usize> =
+        cluster.objects().filter(|it| it["kind"] == "Pod").map(|it| it.to_string().len()).collect();
+    let mean = sizes.iter().sum::<usize>() / sizes.len().max(1);
+    println!(
+        "{} pods of {mean} bytes of JSON (the least {}), {namespaces} namespaces, {} policies; {} pods on the node",
+        namespaces * PODS,
+        sizes.iter().min().copied().unwrap_or_default(),
+        2 * namespaces,
+        CLUSTER_LOCAL_PODS
+    );
+    let mut runs: Vec<(&str, bool)> = backend.iter().map(|backend| (backend.as_str(), !pages)).collect();
+    if !pages && let Some(first) = backend.first() {
+        runs.push((first, false));
+    }
+    for (backend, streaming_lists) in runs {
+        let probes = if backend == "iptables" { probes.div_ceil(10) } else { *probes };
+        let plan = Plan { backend: backend.to_owned(), cluster, streaming_lists, churn, probes };
+        let figures = control::run(plan).with_context(|| backend.to_owned())?;
+        let lists = if streaming_lists { "streaming lists" } else { "lists by pages" };
+        println!("\n## {backend}, {lists}\n");
+        print_figures(&figures);
+    }
+    Ok(())
+}
+
+fn print_figures(figures: &Figures) {
+    let Figures { objects, first_sync, relist, memory, events } = figures;
+    let Events { spent, sent: (count, bytes), applies, latencies } = events;
+    println!("{objects}");
+    println!("start to programmed:  {first_sync}   (bar: 3 s)");
+    println!("410 to listed again:  {relist}");
+    for (when, Memory { peak, now, anonymous }) in ["first sync", "relist", "the events"].iter().zip(memory) {
+        let [peak, now, anonymous] = [peak, now, anonymous].map(|kib| *kib as f64 / 1024.0);
+        println!(
+            "memory after {when:<11} peak {peak:.1} MiB, resident {now:.1} MiB, of no file {anonymous:.1} MiB   (bar: 64 MiB)"
+        );
+    }
+    println!("pods being replaced:  {spent}; {applies} applies");
+    println!("sent by the server:   {count} events, {} bytes each", bytes / (*count).max(1));
+    if !latencies.is_empty() {
+        let [p50, p90, p99, most] =
+            [0.5, 0.9, 0.99, 1.0].map(|part| events.quantile(part).as_secs_f64() * 1000.0);
+        println!(
+            "event to kernel:      p50 {p50:.2} ms, p90 {p90:.2} ms, p99 {p99:.2} ms, most {most:.2} ms of {}   (bar for ebpf: p50 2 ms, p99 10 ms)",
+            latencies.len()
+        );
+    }
+}
+
+/// What a new flow costs.
+fn datapath(arguments: Arguments) -> Result<()> {
     println!(
         "seed {}: node {NODE} with {LOCAL_PODS} pods, {} pods elsewhere; {} rounds",
         arguments.seed, arguments.other_pods, arguments.rounds

@@ -40,7 +40,7 @@ fn pod(index: usize, namespace: &str, name: &str, app: &str) -> Pod {
         addresses: BTreeSet::from([v4.parse().expect("an address"), v6.parse().expect("an address")]),
         network: PodNetwork::Own,
         phase: PodPhase::Active,
-        ports: BTreeSet::new(),
+        ports: [].into(),
         created: 1,
     }
 }

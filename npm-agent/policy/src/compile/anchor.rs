@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use crate::few::Few;
 use crate::goal::Expression;
 use crate::model::{Labels, NamespaceScope, Operator, Selector};
 
@@ -29,7 +30,7 @@ enum Mark {
 /// Files values of type `T` under the anchors of expressions.
 #[derive(Clone, Debug)]
 pub(super) struct AnchorIndex<T> {
-    filed: BTreeMap<(Mark, Mark), BTreeSet<T>>,
+    filed: BTreeMap<(Mark, Mark), Few<T>>,
 }
 
 impl<T> Default for AnchorIndex<T> {

@@ -20,6 +20,7 @@ use super::contribution::{View, contribution};
 use super::matching::selects;
 use super::program::program;
 use super::{Warning, contested, fill};
+use crate::few::Few;
 use crate::goal::{Expression, Goal, Holders, Member, Program, Set, SetKey};
 use crate::model::{Labels, NamespaceScope, Operator, Pod, PodKey, Policy, PolicyKey};
 use crate::world::{Change, World};
@@ -30,7 +31,8 @@ pub struct Compiler {
     node: Arc<str>,
     world: World,
     goal: Goal,
-    /// Every policy of the cluster that isolates, compiled.
+    /// Every policy of the cluster that isolates. The programs of those that select pods of this node are the goal's; the
+    /// others' are made again when they are asked for, which is seldom: kept, they would be most of what a node holds.
     programs: BTreeMap<PolicyKey, Compiled>,
     /// Every subject expression: the policies that have it, and this node's pods that match it now.
     subjects: BTreeMap<Expression, Subjects>,
@@ -49,14 +51,13 @@ pub struct Compiler {
 
 #[derive(Clone, Debug)]
 struct Compiled {
-    program: Arc<Program>,
     subjects: Expression,
     warnings: Vec<Warning>,
 }
 
 #[derive(Clone, Debug, Default)]
 struct Subjects {
-    policies: BTreeSet<PolicyKey>,
+    policies: Few<PolicyKey>,
     pods: BTreeSet<PodKey>,
 }
 
@@ -106,8 +107,9 @@ impl Compiler {
                     self.relabel_namespace(&name, &before, &after);
                 }
                 Change::Policy(key, policy) => {
+                    let old = self.world.policy(&key).cloned();
                     self.world.apply(Change::Policy(key.clone(), policy.clone()));
-                    self.apply_policy(key, policy.as_ref());
+                    self.apply_policy(key, old.as_deref(), policy.as_ref());
                 }
             }
         }
@@ -297,7 +299,7 @@ impl Compiler {
         let Some(subjects) = self.subjects.get_mut(expression) else { return };
         let first = subjects.pods.is_empty();
         if subjects.pods.insert(pod.clone()) {
-            let policies = if first { subjects.policies.clone() } else { BTreeSet::new() };
+            let policies = if first { subjects.policies.clone() } else { Few::default() };
             self.selected.entry(pod.clone()).or_default().insert(expression.clone());
             policies.iter().for_each(|policy| self.activate(policy));
         }
@@ -308,7 +310,7 @@ impl Compiler {
     fn unselect(&mut self, pod: &PodKey, expression: &Expression) {
         let Some(subjects) = self.subjects.get_mut(expression) else { return };
         if subjects.pods.remove(pod) {
-            let policies = if subjects.pods.is_empty() { subjects.policies.clone() } else { BTreeSet::new() };
+            let policies = if subjects.pods.is_empty() { subjects.policies.clone() } else { Few::default() };
             self.forget_selection(pod, expression);
             policies.iter().for_each(|policy| self.deactivate(policy));
         }
@@ -341,28 +343,34 @@ impl Compiler {
         }
     }
 
-    fn apply_policy(&mut self, key: PolicyKey, policy: Option<&Policy>) {
+    fn apply_policy(&mut self, key: PolicyKey, old: Option<&Policy>, policy: Option<&Policy>) {
         let new = policy.map(program).filter(|(program, _)| program.isolates()).map(|(program, warnings)| {
             let SetKey::Local(subjects) = &program.subjects else {
                 unreachable!("a program's subjects are a Local set, by construction in program()")
             };
-            Compiled { subjects: subjects.clone(), program: Arc::new(program), warnings }
+            (Compiled { subjects: subjects.clone(), warnings }, Arc::new(program))
         });
-        if let (Some(old), Some(new)) = (self.programs.get_mut(&key), &new)
-            && old.program == new.program
+        let old_program =
+            self.programs.contains_key(&key).then(|| match (self.goal.programs.get(&key), old) {
+                (Some(program), _) => Arc::clone(program),
+                (None, Some(old)) => Arc::new(program(old).0),
+                (None, None) => unreachable!("what is compiled is a policy of the world"),
+            });
+        if let (Some(old), Some((new, new_program))) = (&old_program, &new)
+            && old == new_program
         {
-            old.warnings.clone_from(&new.warnings);
+            if let Some(compiled) = self.programs.get_mut(&key) {
+                compiled.warnings.clone_from(&new.warnings);
+            }
             return;
         }
-        let old_program = self.programs.get(&key).map(|old| Arc::clone(&old.program));
-        let new_program = new.as_ref().map(|new| &*new.program);
+        let new_program = new.as_ref().map(|(_, program)| &**program);
         self.counter.replace(&self.world, old_program.as_deref(), new_program);
         // The new program comes before the old one goes, so that the sets that both name are not filled twice.
         let old = self.programs.remove(&key);
         let was_active = self.goal.programs.contains_key(&key);
-        if let Some(new) = new {
+        if let Some((new, program)) = new {
             let expression = new.subjects.clone();
-            let program = Arc::clone(&new.program);
             self.programs.insert(key.clone(), new);
             self.register(&key, &expression);
             if !self.subjects.get(&expression).is_none_or(|subjects| subjects.pods.is_empty()) {
@@ -382,8 +390,8 @@ impl Compiler {
             if !same {
                 self.unregister(&key, &old.subjects);
             }
-            if was_active {
-                self.release(&old.program);
+            if was_active && let Some(program) = old_program {
+                self.release(&program);
             }
         }
     }
@@ -408,7 +416,7 @@ impl Compiler {
         for pod in &pods {
             self.selected.entry(pod.clone()).or_default().insert(expression.clone());
         }
-        let subjects = Subjects { policies: BTreeSet::from([policy.clone()]), pods: pods.clone() };
+        let subjects = Subjects { policies: Few::of(policy.clone()), pods: pods.clone() };
         self.subjects.insert(expression.clone(), subjects);
         for pod in &pods {
             self.record_subject(pod);
@@ -431,8 +439,9 @@ impl Compiler {
     }
 
     fn activate(&mut self, policy: &PolicyKey) {
-        let Some(compiled) = self.programs.get(policy) else { return };
-        let program = Arc::clone(&compiled.program);
+        let Some(program) = self.world.policy(policy).map(|policy| Arc::new(program(policy).0)) else {
+            return;
+        };
         self.refer(&program);
         self.goal.programs.insert(policy.clone(), program);
         self.writes += 1;
@@ -559,18 +568,31 @@ pub(super) fn expression_of(key: &SetKey) -> Option<&Expression> {
     }
 }
 
-/// At least the pods that match, by the index that offers the fewest.
+/// At least the pods that match, by the index that offers the fewest; none of a namespace that does not.
 pub(super) fn likely_pods<'a>(
     world: &'a World,
     expression: &'a Expression,
 ) -> Box<dyn Iterator<Item = &'a Arc<Pod>> + 'a> {
+    let selector = match &expression.namespaces {
+        NamespaceScope::Named(namespace) => return Box::new(world.pods_in(namespace)),
+        NamespaceScope::Matching(selector) => selector,
+    };
+    // Pods come in order of their namespaces, so that each of these is looked at once.
+    let mut last: Option<(&Arc<str>, bool)> = None;
+    let is_in_scope = move |pod: &&'a Arc<Pod>| match last {
+        Some((name, is_in)) if *name == pod.key.namespace => is_in,
+        Some(_) | None => {
+            let is_in = selects(selector, &world.namespace_labels(&pod.key.namespace));
+            last = Some((&pod.key.namespace, is_in));
+            is_in
+        }
+    };
     let label = expression.pods.requirements().find_map(|requirement| match &requirement.operator {
         Operator::In(values) if values.len() == 1 => Some((&requirement.key, values.first()?)),
         Operator::In(_) | Operator::NotIn(_) | Operator::Exists | Operator::DoesNotExist => None,
     });
-    match (&expression.namespaces, label) {
-        (NamespaceScope::Named(namespace), _) => Box::new(world.pods_in(namespace)),
-        (NamespaceScope::Matching(_), Some((name, value))) => Box::new(world.pods_with(name, value)),
-        (NamespaceScope::Matching(_), None) => Box::new(world.pods()),
+    match label {
+        Some((name, value)) => Box::new(world.pods_with(name, value).filter(is_in_scope)),
+        None => Box::new(world.pods().filter(is_in_scope)),
     }
 }

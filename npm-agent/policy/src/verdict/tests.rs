@@ -28,7 +28,7 @@ fn pod(key: &str, addresses: &[&str], more: &[(&str, &str)]) -> Pod {
         addresses: addresses.iter().map(|it| it.parse().unwrap()).collect(),
         network: PodNetwork::Own,
         phase: PodPhase::Active,
-        ports: BTreeSet::new(),
+        ports: BTreeSet::new().into(),
         created: 0,
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use npm_common::event::{Mode, Outcome};
 use npm_common::layout::WIDE_WORDS;
@@ -76,7 +77,14 @@ pub struct Ebpf {
     fill: Fill,
     /// Whether what earlier processes had attached otherwise is gone.
     is_alone: bool,
+    /// When the rules that track connections, and the interfaces, were last looked at.
+    looked: Option<Instant>,
 }
+
+/// Goals may come every few milliseconds; looking at what they don't change (a program to run for each family, and a list of
+/// interfaces) takes longer than that. In between [`Backend::verify`] is asked for whenever rules change, and interfaces are
+/// followed.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
 
 impl Ebpf {
     /// Loads the programs, and takes over what an earlier process has left. Enforces nothing that is not enforced yet.
@@ -121,6 +129,7 @@ impl Ebpf {
             untracked: BTreeSet::new(),
             fill: Fill::default(),
             is_alone: false,
+            looked: None,
         };
         if inherited {
             // Whatever has the program of before keeps it; the next read-back tries again and reports.
@@ -286,10 +295,14 @@ impl Backend for Ebpf {
     }
 
     fn apply(&mut self, goal: &Goal) -> Result<Applied, BackendError> {
+        let looks = self.looked.is_none_or(|looked| looked.elapsed() > LOOK_AGAIN);
+        let is_first = self.looked.is_none();
         // Busy iptables must not keep policies from the maps.
-        let tracked = self.track();
+        let mut tracked = if is_first { self.track() } else { Ok(Vec::new()) };
         // What fits nowhere is refused by the maps, which then deny whoever is to be isolated.
-        let needed = Width::needed(goal).unwrap_or(self.maps.width());
+        let is_as_wide = self.maps.width().surely_holds(goal);
+        let needed = if is_as_wide { None } else { Width::needed(goal).ok() };
+        let needed = needed.unwrap_or(self.maps.width());
         let widened = (needed > self.maps.width()).then(|| self.widen(goal, needed));
         let outcome = match widened {
             Some(Ok(writes)) => Ok(writes),
@@ -308,18 +321,26 @@ impl Backend for Ebpf {
             }
             Err(error) => return Err(error.into()),
         };
+        if looks && !is_first {
+            tracked = self.track();
+        }
         let enforced = self.datapath.mode()? == Mode::Enforce;
         // A program of another schema enforces still, maybe in the very place that ours is to have: no packet is to find ours
         // there before it enforces.
         let succeeds = !enforced && self.pins.has_others().map_err(KernelError::from)?;
-        let tracked = if succeeds {
+        if succeeds {
             tracked?;
-            Ok(self.begin_to_enforce()?)
-        } else {
-            tracked
-        };
+            tracked = Ok(self.begin_to_enforce()?);
+        }
         // An interface that refuses the program must not keep the others from enforcing.
-        let attached = self.attach();
+        let attached = if looks { self.attach() } else { Ok(0) };
+        self.looked = match (&tracked, &attached) {
+            // What has failed is tried from the beginning.
+            (Err(_), _) | (_, Err(_)) => None,
+            (Ok(_), Ok(_)) if unfit.is_some() => None,
+            (Ok(_), Ok(_)) if looks => Some(Instant::now()),
+            (Ok(_), Ok(_)) => self.looked,
+        };
         let drift = if enforced || succeeds {
             tracked
         } else {
@@ -327,7 +348,7 @@ impl Backend for Ebpf {
             tracked?;
             self.begin_to_enforce()
         };
-        if attached.is_ok() {
+        if looks && attached.is_ok() {
             self.supersede();
         }
         self.inherited = false;

@@ -207,14 +207,19 @@ impl<const W: usize> Held<W> {
 
     /// The numbers that are in use.
     pub fn numbers(&self) -> Numbers {
+        let mut pods = BTreeMap::new();
+        self.v4.pods(self.half(), &mut pods);
+        self.v6.pods(self.half(), &mut pods);
+        Numbers { bits: self.numbers_of_bits(), pods }
+    }
+
+    /// The numbers of bits, by their fingerprints.
+    pub(super) fn numbers_of_bits(&self) -> BTreeMap<u128, usize> {
         let bit = |(bit, [high, low]): (&u32, &Meaning)| {
             let fingerprint = u128::from(*high) << 64 | u128::from(*low);
             Some((fingerprint, usize::try_from(*bit).ok()?))
         };
-        let mut pods = BTreeMap::new();
-        self.v4.pods(self.half(), &mut pods);
-        self.v6.pods(self.half(), &mut pods);
-        Numbers { bits: self.meanings.iter().filter_map(bit).collect(), pods }
+        self.meanings.iter().filter_map(bit).collect()
     }
 
     /// What the maps say of a flow: the kernel's own function, in user space. An end that is no isolated pod of this

@@ -22,13 +22,13 @@ use std::net::IpAddr;
 use npm_common::decide::Verdict;
 use npm_common::layout::{Bits, NARROW_WORDS, NOBODY, NOT_ISOLATED, Policy, Segment, V4, V6, position};
 use npm_policy::flow::Decision;
-use npm_policy::goal::{Clause, Goal, Member, PortMatch, Program};
+use npm_policy::goal::{Clause, Goal, Member, PortMatch, Program, SetKey};
 use npm_policy::model::Protocol;
 
 pub use numbers::Numbers;
-use peers::Peers;
 pub use peers::{Bit, Endpoint, FamilyMaps, OfFamily, Prefix, longest};
-use union::Union;
+pub(in crate::backend::ebpf) use peers::{Peers, clear_bit, is_peer, named_by};
+pub(in crate::backend::ebpf) use union::{Union, join};
 
 /// What the maps must hold for a goal, with rows of `W` words. Policies, segments and rows have indices of their own
 /// here, which are not those of the kernel's maps.
@@ -63,7 +63,7 @@ pub enum LowerError {
 
 /// Which of a program's parts.
 #[derive(Clone, Copy)]
-enum Direction {
+pub(in crate::backend::ebpf) enum Direction {
     Ingress,
     Egress,
 }
@@ -120,6 +120,18 @@ pub fn lower_with<const W: usize>(goal: &Goal, numbers: &Numbers) -> Result<Lowe
 /// How many bits a goal's peer sets need, any peer included.
 pub fn needed_bits(goal: &Goal) -> usize {
     peers::named(goal).len() + 1
+}
+
+/// At least as many: it counts the sets that a goal has, which are those that its programs name, and named ports as often
+/// as they are named.
+pub fn most_bits(goal: &Goal) -> usize {
+    let peers = goal.sets.keys().filter(|key| matches!(key, SetKey::Pods(_) | SetKey::Block(_)));
+    let named = |clause: &Clause| match &clause.ports {
+        PortMatch::Any => 0,
+        PortMatch::Only { ranges: _, named } => named.len(),
+    };
+    let clauses = goal.programs.values().flat_map(|program| program.egress.iter().flatten());
+    peers.count() + clauses.map(named).sum::<usize>() + 1
 }
 
 /// The directions that an address is isolated in.
@@ -179,7 +191,7 @@ fn endpoints<'a>(goal: &'a Goal, numbers: &Numbers) -> BTreeMap<IpAddr, (u32, Ve
 }
 
 /// What the programs that select an address allow together; `None`: none of them isolates it in this direction.
-fn union<const W: usize>(
+pub(in crate::backend::ebpf) fn union<const W: usize>(
     goal: &Goal,
     peers: &Peers<W>,
     address: IpAddr,

@@ -14,9 +14,11 @@ use npm_policy::goal::Goal;
 
 use super::grace::Grace;
 use super::held::{FamilyWrite, Held, HeldFamily, Limits, Readers, Write};
-use super::lower::{LowerError, Lowered, OfFamily, isolated, lower_with};
-use super::plan::{Full, Step, isolate, plan, settle, usage};
+use super::lower::{LowerError, OfFamily, isolated};
+use super::lowering::{Lowering, Unfit};
+use super::plan::{Full, Step, isolate, usage};
 use crate::backend::meter::Store;
+use crate::memory;
 use kernel_map::{Entries, KernelMap, Plain};
 
 /// The names of the maps in the object and of their pins.
@@ -76,6 +78,15 @@ pub enum ApplyError {
     Maps(#[from] MapsError),
 }
 
+impl From<Unfit> for ApplyError {
+    fn from(unfit: Unfit) -> Self {
+        match unfit {
+            Unfit::Lower(error) => Self::Lower(error),
+            Unfit::Full(full) => Self::Full(full),
+        }
+    }
+}
+
 /// What an apply did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Writes {
@@ -110,6 +121,7 @@ pub struct Maps<const W: usize> {
     meanings: KernelMap<Array<MapData, Meaning>>,
     generation: KernelMap<Array<MapData, Generation>>,
     held: Held<W>,
+    lowering: Lowering<W>,
     /// Whether what is held is what was read or written last without an error.
     is_known: bool,
     grace: Grace,
@@ -154,6 +166,7 @@ impl<const W: usize> Maps<W> {
             meanings: KernelMap::of(source, "MEANINGS")?,
             generation: KernelMap::of(source, "GENERATION")?,
             held: Held::default(),
+            lowering: Lowering::default(),
             is_known: false,
             grace: Grace::new().map_err(MapsError::Grace)?,
         };
@@ -211,6 +224,7 @@ impl<const W: usize> Maps<W> {
     /// A map can't be read. What is held is not known then.
     pub fn read_back(&mut self) -> Result<(), MapsError> {
         self.is_known = false;
+        self.lowering.forget();
         self.held = Held {
             generation: self.generation.one()?,
             v4: self.v4.read()?,
@@ -228,23 +242,33 @@ impl<const W: usize> Maps<W> {
     }
 
     fn converge(&mut self, goal: &Goal) -> Result<Writes, ApplyError> {
-        let lowered = lower_with(goal, &self.held.numbers()).map_err(ApplyError::Lower);
-        let plan = |lowered: Lowered<W>| Ok(plan(&self.held, &lowered, &Limits::OBJECT)?);
-        let steps = match lowered.and_then(plan) {
+        let was_kept = self.lowering.is_kept();
+        if !was_kept {
+            // To lower everything takes more memory than anything else, and it often comes after a list.
+            memory::give_back();
+        }
+        let steps = match self.lowering.steps(&self.held, goal, &Limits::OBJECT) {
             Ok(steps) => steps,
             Err(does_not_fit) => {
                 let steps = isolate(&self.held, &isolated(goal), &Limits::OBJECT)?;
                 self.perform(&steps)?;
-                return Err(does_not_fit);
+                return Err(does_not_fit.into());
             }
         };
         let mut writes = self.perform(&steps)?;
+        // There may be tens of thousands, and more are to come.
+        drop(steps);
+        self.lowering.done(&self.held, goal, &Limits::OBJECT);
         // What packets are judged by is in its place. After much of a change the other half follows at once, or the
         // next change, however small, would have to write it all.
         if writes.entries > MOST_LEFT_UNSETTLED {
-            let settled = self.perform(&settle(&self.held, &Limits::OBJECT))?;
+            let steps = self.lowering.settle(&self.held, &Limits::OBJECT);
+            let settled = self.perform(&steps)?;
             writes.entries += settled.entries;
             writes.waits += settled.waits;
+        }
+        if !was_kept {
+            memory::give_back();
         }
         Ok(writes)
     }

@@ -14,8 +14,8 @@
 //! A plan needs nothing but the maps. The halves that packets do not use may hold anything, as a plan that was cut off
 //! leaves them: each of them that is not as wanted is written before the switch.
 
-mod content;
-mod family;
+pub(in crate::backend::ebpf) mod content;
+pub(in crate::backend::ebpf) mod family;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -202,7 +202,7 @@ fn denied<A: OfFamily>(held: &HeldFamily<A>, half: usize, isolated: &Isolated, n
     wanted
 }
 
-fn wrapped<A: OfFamily, const W: usize>(
+pub(super) fn wrapped<A: OfFamily, const W: usize>(
     writes: Vec<FamilyWrite<A>>,
     wrap: impl Fn(FamilyWrite<A>) -> Write<W>,
 ) -> impl Iterator<Item = Step<W>> {

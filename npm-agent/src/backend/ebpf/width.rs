@@ -3,7 +3,7 @@
 use npm_common::layout::{NARROW_WORDS, WIDE_WORDS};
 use npm_policy::goal::Goal;
 
-use super::lower::{LowerError, needed_bits};
+use super::lower::{LowerError, most_bits, needed_bits};
 
 /// The committed objects: `cargo xtask ebpf` makes them.
 static NARROW: &[u8] =
@@ -47,6 +47,12 @@ impl Width {
             Self::Narrow => NARROW_WORDS,
             Self::Wide => WIDE_WORDS,
         }
+    }
+
+    /// Whether a goal fits into this width, by counting what its peer sets can be at most: exactness would cost a look at
+    /// every name. `false` may be wrong, `true` is not.
+    pub fn surely_holds(self, goal: &Goal) -> bool {
+        most_bits(goal) <= 64 * self.words()
     }
 
     /// The least width that a goal fits into.

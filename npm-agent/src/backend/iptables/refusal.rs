@@ -236,7 +236,7 @@ mod tests {
             addresses: BTreeSet::from([[10, 0, 0, 1].into()]),
             network: PodNetwork::Own,
             phase: PodPhase::Active,
-            ports: BTreeSet::new(),
+            ports: BTreeSet::new().into(),
             created: 0,
         };
         let wide = policy("wide", (0..blocks).map(|number| block(0x0b00_0000 + number)).collect());

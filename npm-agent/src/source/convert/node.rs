@@ -8,7 +8,8 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
-use super::findings::{Findings, brief};
+use super::findings::Findings;
+use super::path::Path;
 
 /// A value with duplicate keys.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,27 +69,25 @@ impl Node {
 
     /// The plain value. Notes each key that has several entries.
     pub(super) fn into_value(self, duplicates: Duplicates, findings: &mut Findings) -> Value {
-        self.at("", duplicates, findings).unwrap_or(Value::Null)
+        self.at(&Path::Top, duplicates, findings).unwrap_or(Value::Null)
     }
 
-    fn at(self, path: &str, duplicates: Duplicates, findings: &mut Findings) -> Option<Value> {
+    fn at(self, path: &Path<'_>, duplicates: Duplicates, findings: &mut Findings) -> Option<Value> {
         match self {
             Self::Leaf(value) => Some(value),
             Self::List(items) => {
                 let items = items.into_iter().enumerate();
-                let items =
-                    items.filter_map(|(i, item)| item.at(&format!("{path}[{i}]"), duplicates, findings));
+                let items = items.filter_map(|(i, item)| item.at(&Path::Item(path, i), duplicates, findings));
                 Some(Value::Array(items.collect()))
             }
             Self::Map(entries) => {
                 let mut map = Map::new();
                 let mut open = Vec::new();
-                let dot = if path.is_empty() { "" } else { "." };
                 for (key, node) in entries {
-                    let path = format!("{path}{dot}{}", brief(&key));
+                    let path = Path::Field(path, &key);
                     let Some(value) = node.at(&path, duplicates, findings) else { continue };
                     if let Some(other) = map.get(&key) {
-                        findings.note(&path, "given twice");
+                        findings.note(&path.to_string(), "given twice");
                         if *other != value {
                             open.push(key.clone());
                         }
@@ -96,7 +95,9 @@ impl Node {
                     map.insert(key, value);
                 }
                 match duplicates {
-                    Duplicates::TakenOut if !open.is_empty() && path.ends_with(']') => return None,
+                    Duplicates::TakenOut if !open.is_empty() && matches!(path, Path::Item(..)) => {
+                        return None;
+                    }
                     Duplicates::TakenOut => open.iter().for_each(|key| drop(map.remove(key))),
                     Duplicates::LastCounts => {}
                 }

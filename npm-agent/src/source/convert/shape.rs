@@ -6,7 +6,8 @@
 
 use serde_json::{Map, Value};
 
-use super::findings::{Findings, brief};
+use super::findings::Findings;
+use super::path::Path;
 
 /// The JSON type of a value.
 pub(super) enum Shape {
@@ -134,7 +135,7 @@ pub(super) const POLICY: Shape = Shape::Closed(&[
 /// Takes out of `value` what does not fit `shape` and notes each. A field that is null is a field that is missing; a
 /// null among the items of a list or the values of a map is refused, as kubectl does ("unknown object type nil").
 pub(super) fn fit(value: Value, shape: &Shape, findings: &mut Findings) -> Value {
-    fit_at(value, shape, "", findings).unwrap_or(Value::Object(Map::new()))
+    fit_at(value, shape, &Path::Top, findings).unwrap_or(Value::Object(Map::new()))
 }
 
 /// The words that YAML 1.1 has for booleans beside `true` and `false` (yaml.org/type/bool.html).
@@ -146,7 +147,7 @@ fn yaml_1_1_bool(word: &str) -> Option<bool> {
     }
 }
 
-fn fit_at(value: Value, shape: &Shape, path: &str, findings: &mut Findings) -> Option<Value> {
+fn fit_at(value: Value, shape: &Shape, path: &Path<'_>, findings: &mut Findings) -> Option<Value> {
     let expected = match (shape, value) {
         // What decides nothing is not even read: a wrong type in it must not make the object unreadable.
         (Shape::Any, _) => return None,
@@ -173,13 +174,12 @@ fn fit_at(value: Value, shape: &Shape, path: &str, findings: &mut Findings) -> O
         }
         (Shape::List(inner), Value::Array(items)) => {
             let fitted = items.into_iter().enumerate();
-            let fitted =
-                fitted.filter_map(|(i, item)| fit_at(item, inner, &format!("{path}[{i}]"), findings));
+            let fitted = fitted.filter_map(|(i, item)| fit_at(item, inner, &Path::Item(path, i), findings));
             return Some(Value::Array(fitted.collect()));
         }
         (Shape::Map(inner), Value::Object(entries)) => {
             let fitted = entries.into_iter().filter_map(|(key, item)| {
-                let fitted = fit_at(item, inner, &format!("{path}[{}]", brief(&key)), findings)?;
+                let fitted = fit_at(item, inner, &Path::Entry(path, &key), findings)?;
                 Some((key, fitted))
             });
             return Some(Value::Object(fitted.collect()));
@@ -192,7 +192,7 @@ fn fit_at(value: Value, shape: &Shape, path: &str, findings: &mut Findings) -> O
         }
         (shape, value) => format!("must be {}, not {}", expectation(shape), described(&value)),
     };
-    findings.note(path, &expected);
+    findings.note(&path.to_string(), &expected);
     None
 }
 
@@ -207,21 +207,20 @@ fn fit_fields(
     fields: Map<String, Value>,
     known: &[(&str, Shape)],
     unknown: Unknown,
-    path: &str,
+    path: &Path<'_>,
     findings: &mut Findings,
 ) -> Value {
     let mut fitted = Map::new();
     for (name, value) in fields {
-        let dot = if path.is_empty() { "" } else { "." };
         match (known.iter().find(|(known, _)| *known == name), unknown) {
             (Some(_), _) if value.is_null() => {}
             (Some((_, shape)), _) => {
-                if let Some(value) = fit_at(value, shape, &format!("{path}{dot}{name}"), findings) {
+                if let Some(value) = fit_at(value, shape, &Path::Field(path, &name), findings) {
                     fitted.insert(name, value);
                 }
             }
             (None, Unknown::Refused) => {
-                findings.note(&format!("{path}{dot}{}", brief(&name)), "unknown field");
+                findings.note(&Path::Field(path, &name).to_string(), "unknown field");
             }
             (None, Unknown::Passed) => {}
         }

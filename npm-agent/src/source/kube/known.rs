@@ -7,6 +7,7 @@ use std::hash::{BuildHasher, RandomState};
 use npm_policy::model::{PodKey, PolicyKey};
 use npm_policy::world::Change;
 
+use super::pools::Pools;
 use super::wire::Item;
 use crate::source::Problem;
 use crate::source::convert::{self, Kind, Object, Received};
@@ -56,12 +57,20 @@ pub(super) struct Known {
     /// Everything up to this version was sent, by the last list or bookmark: what comes of it again is no news.
     sent: Version,
     listing: u32,
+    pools: Pools,
 }
 
 impl Known {
     pub(super) fn new(kind: Kind) -> Self {
-        let (objects, gone) = (BTreeMap::new(), BTreeMap::new());
-        Self { kind, hasher: RandomState::new(), objects, gone, sent: None, listing: 0 }
+        Self {
+            kind,
+            hasher: RandomState::new(),
+            objects: BTreeMap::new(),
+            gone: BTreeMap::new(),
+            sent: None,
+            listing: 0,
+            pools: Pools::default(),
+        }
     }
 
     /// How many objects there are.
@@ -154,7 +163,7 @@ impl Known {
         let digest = Some(self.hasher.hash_one(&object));
         let Object { change, problems } = object;
         let Some(change) = change else { return };
-        let key = Key::of(&change);
+        let mut key = Key::of(&change);
         let troubled = !problems.is_empty();
         let before = self.objects.get(&key);
         let stays = match self.kind {
@@ -166,6 +175,8 @@ impl Known {
                 news.problems.push((origin(&key), problems));
             }
             if !stays {
+                let change = self.pools.shared(change);
+                key = Key::of(&change);
                 news.changes.push(change);
             }
         }

@@ -28,8 +28,8 @@ use crate::backoff::{Backoff, spread};
 use crate::source::convert::Kind;
 use crate::source::{Event, WatchState};
 
-/// How many objects a page of a list has: with 20 KiB an object, 10 MiB.
-const PAGE_OBJECTS: usize = 500;
+/// How many objects a page of a list has: with 20 KiB an object, 2 MiB. A page is in memory as a whole.
+const PAGE_OBJECTS: usize = 100;
 
 /// The longest page.
 const MAX_PAGE_BYTES: usize = 128 << 20;

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use npm_common::layout::{ANY_PEER, Address, Bits, V4, V6, set_bit};
-use npm_policy::goal::{Family, Goal, Member, NamedMatch, PeerMatch, PortMatch, SetKey};
+use npm_policy::goal::{Family, Goal, Member, NamedMatch, PeerMatch, PortMatch, Program, SetKey};
 use npm_policy::model::{Block, Protocol};
 use npm_policy::names::{fingerprint, set_name};
 
@@ -178,20 +178,23 @@ impl<A: OfFamily> fmt::Display for Prefix<A> {
 
 /// Whatever the goal's programs name, but for any peer.
 pub(super) fn named(goal: &Goal) -> BTreeSet<Bit> {
+    goal.programs.values().flat_map(|program| named_by(program)).collect()
+}
+
+/// Whatever one program names, but for any peer.
+pub(in crate::backend::ebpf) fn named_by(program: &Program) -> BTreeSet<Bit> {
     let mut bits = BTreeSet::new();
-    for program in goal.programs.values() {
-        for clause in program.ingress.iter().chain(&program.egress).flatten() {
-            match &clause.peers {
-                PeerMatch::Any => {}
-                PeerMatch::Sets(sets) => bits.extend(sets.iter().cloned().map(Bit::Peer)),
-            }
+    for clause in program.ingress.iter().chain(&program.egress).flatten() {
+        match &clause.peers {
+            PeerMatch::Any => {}
+            PeerMatch::Sets(sets) => bits.extend(sets.iter().cloned().map(Bit::Peer)),
         }
-        for clause in program.egress.iter().flatten() {
-            match &clause.ports {
-                PortMatch::Any => {}
-                PortMatch::Only { ranges: _, named } => {
-                    bits.extend(named.iter().map(|port| pairs_bit(port, &clause.peers)));
-                }
+    }
+    for clause in program.egress.iter().flatten() {
+        match &clause.ports {
+            PortMatch::Any => {}
+            PortMatch::Only { ranges: _, named } => {
+                bits.extend(named.iter().map(|port| pairs_bit(port, &clause.peers)));
             }
         }
     }
@@ -199,7 +202,8 @@ pub(super) fn named(goal: &Goal) -> BTreeSet<Bit> {
 }
 
 /// The numbers of the peer sets.
-pub(super) struct Peers<const W: usize> {
+#[derive(Debug)]
+pub(in crate::backend::ebpf) struct Peers<const W: usize> {
     pub(super) bits: BTreeMap<usize, Bit>,
     numbers: BTreeMap<Bit, usize>,
     /// All bits that are [`Bit::Pairs`].
@@ -216,15 +220,47 @@ impl<const W: usize> Peers<W> {
         }
         let mut numbers = kept.number_bits(bits, available);
         numbers.insert(Bit::Any, ANY_PEER);
-        let mut pairs = [0; W];
-        for (bit, number) in &numbers {
-            match bit {
-                Bit::Any | Bit::Peer(_) => {}
-                Bit::Pairs { .. } => drop(set_bit(&mut pairs, *number)),
-            }
+        Ok(Self::numbered(numbers.into_iter().map(|(bit, number)| (number, bit)).collect()))
+    }
+
+    /// Those of these numbers, [`Bit::Any`] included.
+    fn numbered(bits: BTreeMap<usize, Bit>) -> Self {
+        let mut peers = Self { bits: BTreeMap::new(), numbers: BTreeMap::new(), pairs: [0; W] };
+        bits.into_iter().for_each(|(number, bit)| peers.give(number, bit));
+        peers
+    }
+
+    /// Nothing has a number.
+    pub(in crate::backend::ebpf) fn none() -> Self {
+        Self::numbered(BTreeMap::new())
+    }
+
+    /// Gives a number that nothing has to a bit that has none.
+    pub(in crate::backend::ebpf) fn give(&mut self, number: usize, bit: Bit) {
+        match &bit {
+            Bit::Any | Bit::Peer(_) => {}
+            Bit::Pairs { .. } => drop(set_bit(&mut self.pairs, number)),
         }
-        let bits = numbers.iter().map(|(bit, number)| (*number, bit.clone())).collect();
-        Ok(Self { bits, numbers, pairs })
+        self.numbers.insert(bit.clone(), number);
+        self.bits.insert(number, bit);
+    }
+
+    /// Takes a bit's number from it.
+    pub(in crate::backend::ebpf) fn take(&mut self, bit: &Bit) -> Option<usize> {
+        let number = self.numbers.remove(bit)?;
+        self.bits.remove(&number);
+        clear_bit(&mut self.pairs, number);
+        Some(number)
+    }
+
+    /// The number of a bit.
+    pub(in crate::backend::ebpf) fn number(&self, bit: &Bit) -> Option<usize> {
+        self.numbers.get(bit).copied()
+    }
+
+    /// Whether nothing has this number.
+    pub(in crate::backend::ebpf) fn is_free(&self, number: usize) -> bool {
+        !self.bits.contains_key(&number)
     }
 
     fn add(&self, row: &mut Bits<W>, bit: &Bit) {
@@ -254,7 +290,7 @@ impl<const W: usize> Peers<W> {
     }
 
     /// Whether a row allows a named port of peers.
-    pub(super) fn has_pairs(&self, row: &Bits<W>) -> bool {
+    pub(in crate::backend::ebpf) fn has_pairs(&self, row: &Bits<W>) -> bool {
         row.iter().zip(&self.pairs).any(|(row, pairs)| row & pairs != 0)
     }
 
@@ -339,11 +375,18 @@ impl<const W: usize> Peers<W> {
     }
 }
 
+/// Takes a bit out of a row.
+pub(in crate::backend::ebpf) fn clear_bit<const W: usize>(row: &mut Bits<W>, number: usize) {
+    if let Some(word) = row.get_mut(number / 64) {
+        *word &= !(1 << (number % 64));
+    }
+}
+
 fn pairs_bit(port: &NamedMatch, peers: &PeerMatch) -> Bit {
     Bit::Pairs { protocol: port.protocol, set: port.set.clone(), peers: peers.clone() }
 }
 
-fn is_peer(goal: &Goal, peers: &PeerMatch, address: IpAddr) -> bool {
+pub(in crate::backend::ebpf) fn is_peer(goal: &Goal, peers: &PeerMatch, address: IpAddr) -> bool {
     match peers {
         PeerMatch::Any => true,
         PeerMatch::Sets(sets) => sets.iter().any(|set| goal.contains(set, address)),

@@ -26,7 +26,7 @@ fn pod(name: &str, addresses: &[&str], http: u16) -> Change {
         addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
         network: PodNetwork::Own,
         phase: PodPhase::Active,
-        ports: BTreeSet::from([NamedPort { name: "http".into(), protocol: Protocol::Tcp, port: http }]),
+        ports: [NamedPort { name: "http".into(), protocol: Protocol::Tcp, port: http }].into(),
         created: 0,
     };
     Change::Pod(key, Some(pod))

@@ -6,11 +6,11 @@ use npm_common::layout::Bits;
 
 /// Whom ports allow. Equal unions allow the same, once they are [`Union::disjoint`].
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Union<const W: usize> {
+pub(in crate::backend::ebpf) struct Union<const W: usize> {
     /// On every port, and without ports.
-    pub(super) rest: Bits<W>,
+    pub(in crate::backend::ebpf) rest: Bits<W>,
     /// On the ports between two positions, inclusive, of one protocol.
-    pub(super) spans: BTreeMap<(u32, u32), Bits<W>>,
+    pub(in crate::backend::ebpf) spans: BTreeMap<(u32, u32), Bits<W>>,
 }
 
 impl<const W: usize> Default for Union<W> {
@@ -20,7 +20,7 @@ impl<const W: usize> Default for Union<W> {
 }
 
 /// Adds the bits of one row to another.
-pub(super) fn join<const W: usize>(to: &mut Bits<W>, bits: &Bits<W>) {
+pub(in crate::backend::ebpf) fn join<const W: usize>(to: &mut Bits<W>, bits: &Bits<W>) {
     for (word, more) in to.iter_mut().zip(bits) {
         *word |= more;
     }
@@ -37,7 +37,7 @@ impl<const W: usize> Union<W> {
 
     /// The same with disjoint spans, each holding what the rest holds too; neighbours that allow the same are one, and
     /// those that allow no more than the rest are none.
-    pub(super) fn disjoint(&self) -> Self {
+    pub(in crate::backend::ebpf) fn disjoint(&self) -> Self {
         let mut edges = BTreeSet::new();
         for (first, last) in self.spans.keys() {
             edges.extend([*first, *last + 1]);

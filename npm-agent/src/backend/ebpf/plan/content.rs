@@ -19,15 +19,15 @@ pub(super) struct Content<const W: usize> {
 
 /// What the half in use leads to.
 #[derive(Default)]
-struct InUse {
-    policies: BTreeSet<u32>,
-    rows: BTreeSet<u32>,
+pub(in crate::backend::ebpf) struct InUse {
+    pub(in crate::backend::ebpf) policies: BTreeSet<u32>,
+    pub(in crate::backend::ebpf) rows: BTreeSet<u32>,
     /// Runs of segments: where they begin and how long they are.
-    runs: BTreeSet<(u32, u32)>,
+    pub(in crate::backend::ebpf) runs: BTreeSet<(u32, u32)>,
 }
 
 impl InUse {
-    fn of<const W: usize>(held: &Held<W>) -> Self {
+    pub(in crate::backend::ebpf) fn of<const W: usize>(held: &Held<W>) -> Self {
         let mut used = Self { rows: [NOBODY].into(), policies: [NOT_ISOLATED].into(), ..Self::default() };
         used.family(&held.v4, held.half());
         used.family(&held.v6, held.half());
@@ -74,9 +74,9 @@ pub(super) fn usage<const W: usize>(held: &Held<W>) -> Usage {
 }
 
 /// What tells a policy from others: the row of the rest, whether it names pairs, its segments.
-type PolicyKey = (u32, u32, Vec<(u32, u32, u32)>);
+pub(in crate::backend::ebpf) type PolicyKey = (u32, u32, Vec<(u32, u32, u32)>);
 
-fn key(policy: &Policy, segments: impl Iterator<Item = Segment>) -> PolicyKey {
+pub(in crate::backend::ebpf) fn key(policy: &Policy, segments: impl Iterator<Item = Segment>) -> PolicyKey {
     (policy.rest, policy.pairs, segments.map(|it| (it.first, it.last, it.row)).collect())
 }
 
@@ -235,7 +235,7 @@ fn family_rows<A: Address, const W: usize>(maps: &FamilyMaps<A, W>) -> impl Iter
 }
 
 /// The free runs of segments: length and beginning, shortest first.
-fn gaps(runs: &BTreeSet<(u32, u32)>, limit: u32) -> BTreeSet<(u32, u32)> {
+pub(in crate::backend::ebpf) fn gaps(runs: &BTreeSet<(u32, u32)>, limit: u32) -> BTreeSet<(u32, u32)> {
     let mut gaps = BTreeSet::new();
     let mut end = 0;
     for (first, length) in runs.iter().filter(|(_, length)| *length > 0) {
@@ -251,7 +251,7 @@ fn gaps(runs: &BTreeSet<(u32, u32)>, limit: u32) -> BTreeSet<(u32, u32)> {
 }
 
 /// Takes a run out of the shortest gap that has the room.
-fn take(gaps: &mut BTreeSet<(u32, u32)>, length: u32) -> Option<u32> {
+pub(in crate::backend::ebpf) fn take(gaps: &mut BTreeSet<(u32, u32)>, length: u32) -> Option<u32> {
     if length == 0 {
         return Some(0);
     }

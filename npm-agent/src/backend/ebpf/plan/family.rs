@@ -55,7 +55,7 @@ fn free(taken: &BTreeSet<u32>, swept: Vec<u32>, wanted: usize, limit: u32) -> Op
 }
 
 /// Both halves: the one in use, and the other.
-fn halves<T: Copy>(half: usize, now: T, then: T) -> [T; 2] {
+pub(in crate::backend::ebpf) fn halves<T: Copy>(half: usize, now: T, then: T) -> [T; 2] {
     if half == 0 { [now, then] } else { [then, now] }
 }
 

@@ -22,7 +22,7 @@ fn pod(name: &str, addresses: &[&str]) -> Change {
         addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
         network: PodNetwork::Own,
         phase: PodPhase::Active,
-        ports: BTreeSet::from([NamedPort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }]),
+        ports: [NamedPort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }].into(),
         created: 0,
     };
     Change::Pod(key, Some(pod))
