@@ -10,12 +10,13 @@ use npm_policy::world::Change;
 use super::catalogue::{ALL, Declared, Kind};
 use super::*;
 use crate::backend::meter::{Direction, Judged, Reading, Store, Timed, Timekeeping};
-use crate::backend::{Degraded, Write, Written};
+use crate::backend::{Applied, Degraded, Write, Written};
 use crate::escape::{Board, Engine};
 use crate::reconcile::backoff::Backoff;
 use crate::reconcile::fake::{Agent, Fake, IN_SYNC, PATIENCE, QUICK, namespace, pod, policy};
 use crate::reconcile::worker::Timing;
 use crate::source::{Completeness, Event, Problem};
+use crate::status::report::Size;
 
 /// The samples of a scrape: series to value.
 fn samples(metrics: &Metrics, scope: Scope) -> BTreeMap<String, f64> {
@@ -356,8 +357,8 @@ fn a_scrape_does_not_wait_for_an_apply() {
     fake.release();
 }
 
-#[test]
-fn a_large_clusters_sets_are_told_one_by_one() {
+/// 20,000 pods, a set for each four of them.
+fn large() -> (Metrics, Compiler) {
     let mut compiler = Compiler::new("elsewhere");
     let labelled = |index: u32| labelled(&(index % 5000).to_string());
     compiler.apply((0..5000).map(|index| policy(&index.to_string(), labelled(index))));
@@ -367,6 +368,38 @@ fn a_large_clusters_sets_are_told_one_by_one() {
     }));
     let metrics = Metrics::new();
     metrics.counted(compiler.census(), compiler.world().size());
+    (metrics, compiler)
+}
+
+/// What an apply tells waits for no scrape: many applies are told of while one is answered.
+#[test]
+fn scrapes_hold_up_no_apply() {
+    const SCRAPES: u32 = 20;
+    let (metrics, compiler) = large();
+    let backend = metrics.backend("fake");
+    let applies = std::thread::scope(|scope| {
+        let scraper = scope.spawn(|| {
+            for _ in 0..SCRAPES {
+                metrics.render(Scope::Cluster);
+                metrics.render(Scope::Node);
+            }
+        });
+        let mut applies = 0;
+        while !scraper.is_finished() {
+            applies += 1;
+            metrics.counted(compiler.census(), compiler.world().size());
+            backend.begins(Some(applies));
+            backend.applied(applies, Duration::from_millis(1), &Applied::default(), Size::default());
+        }
+        applies
+    });
+    println!("{applies} applies during {SCRAPES} scrapes");
+    assert!(applies > u64::from(20 * SCRAPES), "{applies} applies during {SCRAPES} scrapes");
+}
+
+#[test]
+fn a_large_clusters_sets_are_told_one_by_one() {
+    let (metrics, _) = large();
     const BAR: Duration = Duration::from_millis(50);
     let mut fastest = Duration::MAX;
     // On a busy machine one time says little.
