@@ -325,6 +325,8 @@ impl Thread {
             Ok(applied) => {
                 debug!(backend = self.name, duration_ms = millis(duration), "verified");
                 self.metrics.verified(duration, &applied);
+                // An apply does not put it off: it looks only where the goal differs.
+                self.verify_at = self.ended + self.timing.verify_interval;
                 self.succeeded(applied, |status| {
                     status.verifies += 1;
                     status.last_verify = Some(SystemTime::now());
@@ -357,10 +359,6 @@ impl Thread {
             info!(backend = self.name, failures = self.failures, "works again");
         }
         self.failures = 0;
-        // An apply starts from what the kernel holds, but looks only where the goal differs.
-        if self.verify_at <= self.ended {
-            self.verify_at = self.ended + self.timing.verify_interval;
-        }
         let Applied { set_writes: _, rule_writes: _, drift, degraded } = applied;
         for line in drift.iter().take(MAX_DRIFT_LINES) {
             warn!(backend = self.name, drift = line, "repaired what someone else had changed");

@@ -121,6 +121,11 @@ impl Attachments {
         places.outlook.tell();
     }
 
+    /// Whether an interface has refused the program.
+    pub(super) fn has_refusals(&self) -> bool {
+        self.lock().outlook.has_refusals()
+    }
+
     /// How the program is attached.
     pub(super) fn hook(&self) -> Hook {
         self.lock().hook

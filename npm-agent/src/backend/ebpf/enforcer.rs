@@ -77,6 +77,8 @@ pub struct Ebpf {
     fill: Fill,
     /// Whether what earlier processes had attached otherwise is gone.
     is_alone: bool,
+    /// Whether what is attached from here on is the program that is pinned.
+    is_renewed: bool,
     /// When the rules that track connections, and the interfaces, were last looked at.
     looked: Option<Instant>,
 }
@@ -84,7 +86,7 @@ pub struct Ebpf {
 /// Goals may come every few milliseconds; looking at what they don't change (a program to run for each family, and a list of
 /// interfaces) takes longer than that. In between [`Backend::verify`] is asked for whenever rules change, and interfaces are
 /// followed.
-const LOOK_AGAIN: Duration = Duration::from_secs(30);
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 impl Ebpf {
     /// Loads the programs, and takes over what an earlier process has left. Enforces nothing that is not enforced yet.
@@ -129,6 +131,7 @@ impl Ebpf {
             untracked: BTreeSet::new(),
             fill: Fill::default(),
             is_alone: false,
+            is_renewed: true,
             looked: None,
         };
         if inherited {
@@ -175,8 +178,18 @@ impl Ebpf {
         Ok(self.datapath.outcomes()?)
     }
 
+    /// Has the program that is pinned by now attached from here on, unless that was done.
+    fn renew(&mut self) -> Result<(), KernelError> {
+        if !self.is_renewed {
+            self.attachments.renew()?;
+            self.is_renewed = true;
+        }
+        Ok(())
+    }
+
     /// Attaches the program wherever it is not; gives how many places are new.
     fn attach(&mut self) -> Result<usize, BackendError> {
+        self.renew()?;
         let known = interfaces()?;
         self.attachments.forget_all_but(&known);
         let new = self.attachments.sync(known.values());
@@ -241,11 +254,11 @@ impl Ebpf {
         let writes = maps.apply(goal)?;
         self.pins.finish(width)?;
         datapath.publish(&self.pins)?;
-        (self.datapath, self.maps) = (datapath, maps);
+        (self.datapath, self.maps, self.is_renewed) = (datapath, maps, false);
         if let Err(error) = self.read_denials() {
             tracing::warn!(%error, "denied flows are not logged any more");
         }
-        self.attachments.renew()?;
+        self.renew()?;
         self.attachments.sync(interfaces()?.values())?;
         // Nothing leads to the others any more.
         self.pins.keep_only(width)?;
@@ -295,9 +308,9 @@ impl Backend for Ebpf {
     }
 
     fn apply(&mut self, goal: &Goal) -> Result<Applied, BackendError> {
-        let looks = self.looked.is_none_or(|looked| looked.elapsed() > LOOK_AGAIN);
-        let is_first = self.looked.is_none();
-        // Busy iptables must not keep policies from the maps.
+        // Connections have to be tracked before anything is judged by them; later on busy iptables must not keep policies
+        // from the maps.
+        let is_first = self.goal.is_none();
         let mut tracked = if is_first { self.track() } else { Ok(Vec::new()) };
         // What fits nowhere is refused by the maps, which then deny whoever is to be isolated.
         let is_as_wide = self.maps.width().surely_holds(goal);
@@ -308,6 +321,7 @@ impl Backend for Ebpf {
             Some(Ok(writes)) => Ok(writes),
             Some(Err(error)) => {
                 tracing::warn!(%error, "no program with wider rows");
+                self.looked = None;
                 // What is in force can't hold the goal either: it denies whoever is to be isolated and is not yet.
                 self.maps.apply(goal).map_err(KernelError::from)
             }
@@ -321,10 +335,15 @@ impl Backend for Ebpf {
             }
             Err(error) => return Err(error.into()),
         };
+        let enforced = self.datapath.mode()? == Mode::Enforce;
+        // Whatever is not as it should be is looked at with each goal until it is.
+        let looks = self.looked.is_none_or(|looked| looked.elapsed() > LOOK_AGAIN)
+            || !enforced
+            || !self.is_alone
+            || self.attachments.has_refusals();
         if looks && !is_first {
             tracked = self.track();
         }
-        let enforced = self.datapath.mode()? == Mode::Enforce;
         // A program of another schema enforces still, maybe in the very place that ours is to have: no packet is to find ours
         // there before it enforces.
         let succeeds = !enforced && self.pins.has_others().map_err(KernelError::from)?;

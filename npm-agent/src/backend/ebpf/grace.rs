@@ -14,9 +14,10 @@ use std::fs::read_to_string;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
+use rustix::fs::statfs;
 use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
 
 use super::syscall::bpf;
@@ -86,8 +87,14 @@ impl Pair {
     }
 }
 
+/// As long the thread may be on its way: a CPU that others keep busy lets it wait. To ask the kernel is right at any time.
+const PATIENCE: Duration = Duration::from_millis(10);
+
 /// On more CPUs the kernel is asked: it does not have to visit them one by one.
 const MOST_CPUS: usize = 64;
+
+/// `SYSFS_MAGIC` (include/uapi/linux/magic.h).
+const SYSFS_MAGIC: i128 = 0x6265_6572;
 
 /// The CPUs that programs may run on; `None`: not to be visited, or not known.
 fn cpus() -> Option<BTreeSet<usize>> {
@@ -99,7 +106,12 @@ fn cpus() -> Option<BTreeSet<usize>> {
     }
     // Who keeps CPUs to himself does not want visitors.
     let isolated = read_to_string(format!("{SYSTEM}/isolated")).unwrap_or_default();
-    let online = list(&read_to_string(format!("{SYSTEM}/online")).ok()?)?;
+    let path = format!("{SYSTEM}/online");
+    // Mounted over it, a container may have a list of its own CPUs (lxcfs): programs run on all.
+    if !statfs(&path).is_ok_and(|found| i128::from(found.f_type) == SYSFS_MAGIC) {
+        return None;
+    }
+    let online = list(&read_to_string(path).ok()?)?;
     (isolated.trim().is_empty() && !online.is_empty() && online.len() <= MOST_CPUS).then_some(online)
 }
 
@@ -138,7 +150,7 @@ fn is_on(cpu: usize) -> bool {
 /// The means to wait.
 pub(super) struct Grace {
     pair: Arc<Pair>,
-    begun: Option<JoinHandle<io::Result<()>>>,
+    begun: Option<mpsc::Receiver<io::Result<()>>>,
 }
 
 impl Grace {
@@ -158,8 +170,11 @@ impl Grace {
     /// Begins to wait for all programs that run now; nothing that matters may be written before [`Grace::wait`].
     pub(super) fn begin(&mut self) {
         let pair = Arc::clone(&self.pair);
-        // Without a thread the wait is done when it is needed.
-        self.begun = std::thread::Builder::new().name("bpf-grace".to_owned()).spawn(move || pair.wait()).ok();
+        let (say, hear) = mpsc::channel();
+        let thread = std::thread::Builder::new().name("bpf-grace".to_owned());
+        // Nobody may wait any more. Without a thread the wait is done when it is needed.
+        let begun = thread.spawn(move || drop(say.send(pair.wait())));
+        self.begun = begun.ok().map(|_| hear);
     }
 
     /// Waits, from when it was begun, or from now.
@@ -167,7 +182,7 @@ impl Grace {
     /// # Errors
     /// It could not be waited.
     pub(super) fn wait(&mut self) -> io::Result<()> {
-        match self.begun.take().map(JoinHandle::join) {
+        match self.begun.take().map(|begun| begun.recv_timeout(PATIENCE)) {
             Some(Ok(Ok(()))) => Ok(()),
             // The calling thread stays where it may run.
             Some(Ok(Err(_)) | Err(_)) | None => self.pair.ask_the_kernel(),

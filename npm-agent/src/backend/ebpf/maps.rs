@@ -209,8 +209,14 @@ impl<const W: usize> Maps<W> {
         let meant = self.held.clone();
         let was_known = self.is_known;
         self.read_back()?;
-        let drift = if was_known { self.held.differences(&meant) } else { Vec::new() };
-        Ok((self.converge(goal)?, drift))
+        let mut drift = if was_known { self.held.differences(&meant) } else { Vec::new() };
+        let (is_as_left, before) = (was_known && drift.is_empty(), self.held.generation);
+        let writes = self.converge(goal)?;
+        if is_as_left && self.held.generation != before {
+            // What was read back is lowered as a whole.
+            drift.push("the maps held what was written, and that was not what the policies mean".to_owned());
+        }
+        Ok((writes, drift))
     }
 
     /// What the maps, as last read or written, say of a flow.

@@ -46,6 +46,11 @@ impl Outlook {
         self.before.remove(&index);
     }
 
+    /// Whether an interface has refused the program when it was last tried.
+    pub(super) fn has_refusals(&self) -> bool {
+        !self.without.is_empty()
+    }
+
     /// An interface is gone, or is not to have the program.
     pub(super) fn forget(&mut self, index: Index) {
         let was_without = self.without.remove(&index).is_some();

@@ -4,11 +4,15 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use npm_policy::model::{
-    Labels, NamedPort, Namespace, NamespaceScope, Peer, Peers, Pod, PodKey, Policy, PolicyKey, Port, Ports,
-    Requirement, Rule, Selector,
+    Labels, NamedPort, Namespace, NamespaceScope, Operator, Peer, Peers, Pod, PodKey, Policy, PolicyKey,
+    Port, Ports, Requirement, Rule, Selector,
 };
 use npm_policy::shared::{Pool, Shared};
 use npm_policy::world::Change;
+
+/// Sets of more than this are kept by their object alone: few are that large, those are hardly alike, and a pool keeps some for
+/// a while that nobody has any more.
+const LARGEST: usize = 64;
 
 /// Values that objects share.
 #[derive(Debug, Default)]
@@ -53,12 +57,15 @@ impl Pools {
             key: key.clone(),
             node: pod.node.map(|node| self.text(node)),
             labels: self.labels(pod.labels),
-            ports: self.ports.shared(pod.ports),
+            ports: if pod.ports.len() > LARGEST { pod.ports } else { self.ports.shared(pod.ports) },
             ..pod
         }
     }
 
     fn labels(&mut self, labels: Labels) -> Labels {
+        if labels.len() > LARGEST {
+            return labels;
+        }
         // Of sets of labels that nobody has yet, the words are mostly known.
         let shared = self.labels.get(&labels).cloned();
         shared.unwrap_or_else(|| {
@@ -111,13 +118,21 @@ impl Pools {
     }
 
     fn selector(&mut self, selector: &Selector) -> Selector {
-        selector.shared(&mut self.requirements)
+        let words = selector.requirements().map(|requirement| match &requirement.operator {
+            Operator::In(values) | Operator::NotIn(values) => 1 + values.len(),
+            Operator::Exists | Operator::DoesNotExist => 1,
+        });
+        if words.sum::<usize>() > LARGEST {
+            selector.clone()
+        } else {
+            selector.shared(&mut self.requirements)
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
     use crate::source::convert::{Kind, received};
@@ -171,5 +186,31 @@ mod tests {
         assert_eq!(pools.requirements.len(), 2, "one that names a label and one that names nothing");
         let namespace = json!({"metadata": {"name": "x", "labels": {"team": "a"}}});
         check(&mut pools, Kind::Namespace, &namespace);
+    }
+
+    /// Whoever may label pods could fill every node's memory otherwise: a pool lets go of a value some time after its object.
+    #[test]
+    fn large_sets_are_not_kept() {
+        let mut pools = Pools::default();
+        for round in 0..3 {
+            let many = |of: char| (0..=LARGEST).map(move |number| format!("{of}{round}-{number}"));
+            let labels: serde_json::Map<String, Value> = many('l').map(|key| (key, json!("v"))).collect();
+            let ports: Vec<Value> = many('p')
+                .zip(1..)
+                .map(|(name, number)| json!({"name": name, "containerPort": number}))
+                .collect();
+            let pod = json!({
+                "metadata": {"namespace": "x", "name": "a", "labels": labels},
+                "spec": {"nodeName": "n", "containers": [{"ports": ports}]},
+                "status": {"podIP": "10.0.0.1"},
+            });
+            check(&mut pools, Kind::Pod, &pod);
+            let values: Vec<String> = many('v').collect();
+            let selector = json!({"matchExpressions": [{"key": "app", "operator": "In", "values": values}]});
+            let policy = json!({"metadata": {"namespace": "x", "name": "p"}, "spec": {"podSelector": selector, "ingress": []}});
+            check(&mut pools, Kind::NetworkPolicy, &policy);
+        }
+        assert_eq!((pools.labels.len(), pools.ports.len(), pools.requirements.len()), (0, 0, 0));
+        assert_eq!(pools.texts.len(), 2, "a namespace and a node");
     }
 }
