@@ -13,7 +13,7 @@ use crate::exec::Program;
 use crate::sink::Sink;
 use crate::summary::{self, Counts};
 use crate::tree::Tree;
-use crate::{dashboards, ebpf, manifests, packages, prometheus};
+use crate::{clean_lab, dashboards, ebpf, manifests, packages, prometheus};
 
 /// One step of the check.
 struct Step {
@@ -125,6 +125,16 @@ const STEPS: &[Step] = &[
                 bail!("the demo needs root");
             }
             Ok(Some("SKIPPED, NOT TESTED: the demo needs root".to_owned()))
+        },
+    },
+    Step {
+        name: "leftovers",
+        needs: &["demo"],
+        run: |_, _| {
+            if packages::is_root()? {
+                clean_lab::check()?;
+            }
+            Ok(None)
         },
     },
     Step {

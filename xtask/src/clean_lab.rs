@@ -1,11 +1,12 @@
-//! `cargo xtask clean-lab`: deletes the lab's network namespaces whose process is gone.
+//! `cargo xtask clean-lab`: deletes the lab's network namespaces whose process is gone, and what agents in them have pinned.
 //!
-//! The lab deletes its own at the end; what remains is of a process that was killed. A name is `npmt-<pid>-...` with
-//! the process that made it, in decimal.
+//! The lab deletes its own at the end; what remains is of a process that was killed, or of a test that forgot it. A name is
+//! `npmt-<pid>-...` with the process that made it, in decimal; instances of agents are called as their namespace.
 
 use std::path::Path;
+use std::{fs, io};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::exec::Program;
 use crate::packages;
@@ -19,12 +20,55 @@ pub(crate) fn run() -> Result<()> {
         bail!("deleting network namespaces needs root: sudo -E env PATH=\"$PATH\" cargo xtask clean-lab");
     }
     let Some(ip) = packages::find_program("ip") else { return Ok(()) };
-    let list = Program::new(&ip).args(["netns", "list"]).output()?;
-    for name in leftovers(&list, |pid| Path::new(&format!("/proc/{pid}")).exists()) {
-        Program::new(&ip).args(["netns", "delete", name]).output()?;
+    for name in namespaces(&ip)? {
+        Program::new(&ip).args(["netns", "delete", &name]).output()?;
         println!("deleted {name}");
     }
+    for name in pins()? {
+        fs::remove_dir_all(Path::new(PINS).join(&name))
+            .with_context(|| format!("deleting what {name} pinned"))?;
+        println!("deleted what {name} had pinned");
+    }
     Ok(())
+}
+
+/// Fails if a process that has ended has left something behind.
+///
+/// # Errors
+/// It has, or it can't be seen.
+pub(crate) fn check() -> Result<()> {
+    let Some(ip) = packages::find_program("ip") else { return Ok(()) };
+    let left: Vec<String> = namespaces(&ip)?.into_iter().chain(pins()?).collect();
+    if !left.is_empty() {
+        bail!(
+            "namespaces or pins are left behind (`cargo xtask clean-lab` deletes them): {}",
+            left.join(", ")
+        );
+    }
+    Ok(())
+}
+
+/// Where agents pin, by instance.
+const PINS: &str = "/sys/fs/bpf/npm-agent";
+
+fn is_alive(pid: u32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
+}
+
+fn namespaces(ip: &Path) -> Result<Vec<String>> {
+    let list = Program::new(ip).args(["netns", "list"]).output()?;
+    Ok(leftovers(&list, is_alive).into_iter().map(str::to_owned).collect())
+}
+
+fn pins() -> Result<Vec<String>> {
+    let entries = match fs::read_dir(PINS) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).context("listing what is pinned"),
+    };
+    let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+    let names: Vec<String> = names.collect::<io::Result<_>>().context("listing what is pinned")?;
+    Ok(leftovers(&names.join("\n"), is_alive).into_iter().map(str::to_owned).collect())
 }
 
 /// The names in `ip netns list`'s output that are the lab's and whose process is not alive.

@@ -168,6 +168,20 @@ pub struct Stage {
     pub objects: String,
 }
 
+impl Drop for Stage {
+    fn drop(&mut self) {
+        // Pins are not the namespace's, and would stay.
+        let node = self.lab.netns("node").cloned();
+        let cleaned = node.and_then(|node| {
+            self.agent.kill()?;
+            node.exec(&binary()?.to_string_lossy(), &["cleanup"])
+        });
+        if let Err(error) = cleaned {
+            eprintln!("what the agent has pinned is left behind: {error:#}");
+        }
+    }
+}
+
 impl Stage {
     /// Starts both. The agent has programmed nothing yet.
     ///
@@ -180,7 +194,7 @@ impl Stage {
         let kubeconfig = directory.path().join("kubeconfig").to_string_lossy().into_owned();
         let mut server = serve(netns, &plan, &kubeconfig)?;
         let objects = server.line()?;
-        let instance = format!("bench-control-{}", std::process::id());
+        let instance = netns.name().to_owned();
         let started = monotonic();
         let arguments = [
             ["--source", "kube"],
