@@ -218,7 +218,13 @@ fn exactly_what_is_named_is_deleted() -> Result<()> {
         let again = table.entries()?;
         let same = |entry: &Entry| entries.iter().any(|old| old.original == entry.original);
         ensure!(again.iter().any(same), "no tuple came back");
-        assert_eq!(table.delete_entries(&entries)?, 0);
+        // The kernel makes an id of the tuple and the entry's address (nf_ct_get_id): one that lies where the last one of its
+        // tuple lay is the same to everybody.
+        let reborn =
+            |entry: &Entry| entries.iter().any(|old| (old.original, old.id) == (entry.original, entry.id));
+        let (twins, again): (Vec<Entry>, Vec<Entry>) = again.into_iter().partition(reborn);
+        ensure!(again.iter().any(same), "all entries lie where they lay");
+        assert_eq!(table.delete_entries(&entries)?, twins.len());
         let survivors: Vec<Entry> = table.entries()?;
         for entry in &again {
             assert!(survivors.iter().any(|survivor| survivor.id == entry.id), "{entry:?}");
@@ -229,7 +235,7 @@ fn exactly_what_is_named_is_deleted() -> Result<()> {
         let tuples: Vec<Tuple> = again.iter().map(|entry| entry.original).collect();
         assert_eq!(table.delete_unmarked(&tuples, BIT)?, 0);
         assert_eq!(table.delete_unmarked(&tuples, BIT << 1)?, tuples.len());
-        assert_eq!(udp.len(), 6);
+        assert_eq!(udp.len(), again.iter().filter(|entry| entry.original.protocol == 17).count());
         assert_eq!(table.delete_entries(&udp)?, 0, "they went with the rest");
         Ok(())
     })

@@ -372,7 +372,7 @@ fn strict(held: &mut Held<W>, goal: &Goal, probes: &[Flow], limits: &Limits) -> 
             [(now.ingress, before.ingress, wanted.ingress), (now.egress, before.egress, wanted.egress)]
         {
             let newly = before == Judgement::NotIsolated && wanted != Judgement::NotIsolated;
-            if newly && were_one {
+            if were_one && (newly || now != before) {
                 // They were one pod's addresses, and are not any more: the policies of before are asked.
                 prop_assert!(now != Judgement::NotIsolated, "{}: still one pod's", flow);
                 continue;
