@@ -271,6 +271,9 @@ fn walk(
     let gives_bits = steps.iter().any(|step| matches!(step, Step::Write(Write::Meaning(..))));
     add(&seen.turned_over, usize::from(by_difference && gives_bits));
     let steps = &steps[..cut.unwrap_or(usize::MAX).min(steps.len())];
+    // Packets that began before the last switch are not played here: nothing may be written before they have ended.
+    let waits = held.readers == Readers::Current || steps.first().is_none_or(|first| *first == Step::Grace);
+    prop_assert!(waits, "programs of before may still read what is written: {:#?}", steps);
     let began = held.generation;
     let start = held.clone();
     let mut states = Vec::new();
