@@ -4,9 +4,10 @@
 //! is not preempted, unless the kernel is a real-time one. So once a thread has run on a CPU, whatever program ran there before
 //! has ended; and a thread that has gone from CPU to CPU knows it of all. That takes some tens of microseconds for each.
 //!
-//! Where that is not so, or can't be done, the kernel is asked. An update of a map of maps by the system call returns only then: kernel/bpf/syscall.c, maybe_wait_bpf_programs, waits
-//! for an RCU grace period, and programs run within RCU's read side. It takes a few milliseconds, so it is begun as soon
-//! as it is known that it will be needed, on a thread of its own.
+//! Where that is not so, can't be done, or takes too long, the kernel is asked. An update of a map of maps by the system call
+//! returns only then: kernel/bpf/syscall.c, maybe_wait_bpf_programs, waits for an RCU grace period, and programs run within
+//! RCU's read side. Either way takes a while, so it is begun as soon as it is known that it will be needed, on a thread of its
+//! own.
 #![expect(unsafe_code, reason = "a descriptor that the kernel has just given")]
 
 use std::collections::BTreeSet;
