@@ -170,6 +170,18 @@ impl Conntrack {
         Ok(found.filter(|entry| entry.original == *tuple))
     }
 
+    /// Whether there is an entry that is found by this tuple and whose original direction is `the_one`: a kernel that does not
+    /// know a protocol shows less of its tuples than they were asked for by.
+    ///
+    /// # Errors
+    /// The kernel did not answer as it should.
+    pub fn has(&mut self, tuple: &Tuple, the_one: impl Fn(&Tuple) -> bool) -> Result<bool, ConntrackError> {
+        let read = |bytes: &[u8]| Entry::read(bytes).or(Err(ConntrackError::Malformed));
+        let found =
+            self.socket.ask(Ask::Show, wire::ENTRY, Some(tuple.source), |out| tuple.write(out), read)?;
+        Ok(found.is_some_and(|entry| the_one(&entry.original)))
+    }
+
     /// Sets `bit` in the mark of every entry that lacks it, and changes no other bit. Gives how many entries it was. Entries
     /// that arrive meanwhile may be among them or not.
     ///
@@ -272,7 +284,8 @@ impl Conntrack {
         self.delete_entries(&found)
     }
 
-    /// Deletes exactly these entries, and none that took their place since. Gives how many were still there.
+    /// Deletes exactly these entries, and none that took their place since; except one that was given the same memory for the
+    /// same tuples, which has the same id. Gives how many were still there.
     ///
     /// # Errors
     /// The kernel did not answer as it should. What was deleted before is gone.

@@ -1,13 +1,17 @@
 //! Two pods on one node, and packets that both send to each other at once.
 
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+use std::path::Path;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use aya::maps::{HashMap, Map, MapData};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use npm_agent::conntrack::Conntrack;
+use npm_common::layout::SCHEMA;
 use npm_policy::goal::Family;
 use npm_policy::world::World;
 
@@ -184,6 +188,83 @@ impl Stage {
         }
     }
 
+    /// Connections that the eBPF backend's map says are judged and allowed; with another backend none.
+    ///
+    /// # Errors
+    /// The map can't be read.
+    pub fn proofs(&self) -> Result<usize> {
+        if !matches!(self.enforcer, Enforcer::Ebpf { .. }) {
+            return Ok(0);
+        }
+        let pins = Path::new("/sys/fs/bpf/npm-agent").join(self.node().name());
+        let map = MapData::from_pin(pins.join(format!("v{SCHEMA}/maps/PROOFS")))?;
+        let map: HashMap<_, [u64; 5], u64> = HashMap::try_from(Map::from_map_data(map)?)?;
+        Ok(map.keys().collect::<Result<Vec<_>, _>>()?.len())
+    }
+
+    /// Waits until so many connections are proven, and whatever programs may remember of others is forgotten.
+    ///
+    /// # Errors
+    /// Others are left.
+    pub fn proven(&self, count: usize, within: Duration) -> Result<()> {
+        let deadline = Instant::now() + within;
+        loop {
+            // A key that goes meanwhile breaks the reading off.
+            let left = self.proofs();
+            if matches!(left, Ok(left) if left == count) {
+                break;
+            }
+            ensure!(Instant::now() < deadline, "{left:?} proofs are left, not {count}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        if matches!(self.enforcer, Enforcer::Ebpf { .. }) {
+            // 25 jiffies at 100 a second.
+            std::thread::sleep(Duration::from_millis(250));
+        }
+        Ok(())
+    }
+
+    /// The first pod opens a connection to the second from each of these ports, or of these ids, by one packet.
+    ///
+    /// # Errors
+    /// A packet can't be made or sent.
+    pub fn open(&self, kind: Kind, family: Family, ports: Range<u16>) -> Result<()> {
+        self.one_each(kind, family, ports, Way::Forward)
+    }
+
+    /// The second pod answers each, by one packet.
+    ///
+    /// # Errors
+    /// A packet can't be made or sent.
+    pub fn answer(&self, kind: Kind, family: Family, ports: Range<u16>) -> Result<()> {
+        self.one_each(kind, family, ports, Way::Backward)
+    }
+
+    fn one_each(&self, kind: Kind, family: Family, ports: Range<u16>, way: Way) -> Result<()> {
+        let pods = [self.pod("10.241.0.2")?, self.pod("10.241.0.3")?].map(|pod| &self.lab.endpoints()[pod]);
+        let [near, far] = pods.map(|pod| pod.address(family).context("no address"));
+        let (near, far) = (near?, far?);
+        let sends = pods[usize::from(way == Way::Backward)];
+        sends.netns.run(|| {
+            let sender = IpSender::open()?;
+            for (index, port) in ports.enumerate() {
+                let (near, far) = (SocketAddr::new(near, port), SocketAddr::new(far, 80));
+                let ends = match way {
+                    Way::Forward => Ends { source: near, destination: far },
+                    Way::Backward => Ends { source: far, destination: near },
+                };
+                let first = usize::from(kind == Kind::Tcp && way == Way::Backward);
+                let packets = exchange(kind, ends, way)?;
+                sender.send(packets.get(first).context("nothing is sent")?)?;
+                if index % 200 == 199 {
+                    // No queue is to overflow.
+                    std::thread::sleep(Duration::from_millis(4));
+                }
+            }
+            Ok(())
+        })
+    }
+
     /// Both pods send to each other on the same tuples at once, each on a CPU of its own; gives how many packets were
     /// sent.
     ///
@@ -246,29 +327,35 @@ fn packets(kind: Kind, ports: Ports, own: IpAddr, other: IpAddr, way: Way) -> Re
             Way::Forward => Ends { source: near, destination: far },
             Way::Backward => Ends { source: far, destination: near },
         };
-        match kind {
-            Kind::Udp => packets.push(udp(ends, b"not you")?),
-            Kind::Tcp => {
-                for segment in [Segment::Syn, Segment::SynAck, Segment::Ack] {
-                    packets.push(tcp(ends, segment, 1)?);
-                }
-            }
-            Kind::Icmp => {
-                let first = if way == Way::Forward { Echo::Request } else { Echo::Reply };
-                packets.push(echo(ends, first, port)?);
-                packets.push(echo(
-                    ends,
-                    if first == Echo::Request { Echo::Reply } else { Echo::Request },
-                    port,
-                )?);
-            }
-            Kind::Sctp => {
-                for (chunk, verification) in [(SctpChunk::Init, 0), (SctpChunk::InitAck, 7)] {
-                    let (source, destination) = (ends.source.port(), ends.destination.port());
-                    packets.push(sctp(ends, Sctp { source, destination, verification, tag: 7, chunk })?);
-                }
-            }
-        }
+        packets.extend(exchange(kind, ends, way)?);
     }
     Ok(packets)
+}
+
+/// The packets of one connection that one end sends: the first of [`Way::Forward`] opens it.
+fn exchange(kind: Kind, ends: Ends, way: Way) -> Result<Vec<Vec<u8>>> {
+    let port = match way {
+        Way::Forward => ends.source.port(),
+        Way::Backward => ends.destination.port(),
+    };
+    match kind {
+        Kind::Udp => Ok(vec![udp(ends, b"not you")?]),
+        Kind::Tcp => [Segment::Syn, Segment::SynAck, Segment::Ack]
+            .map(|segment| tcp(ends, segment, 1))
+            .into_iter()
+            .collect(),
+        Kind::Icmp => {
+            let both = match way {
+                Way::Forward => [Echo::Request, Echo::Reply],
+                Way::Backward => [Echo::Reply, Echo::Request],
+            };
+            both.map(|echoed| echo(ends, echoed, port)).into_iter().collect()
+        }
+        Kind::Sctp => {
+            let (source, destination) = (ends.source.port(), ends.destination.port());
+            let chunk =
+                |(chunk, verification)| sctp(ends, Sctp { source, destination, verification, tag: 7, chunk });
+            [(SctpChunk::Init, 0), (SctpChunk::InitAck, 7)].map(chunk).into_iter().collect()
+        }
+    }
 }

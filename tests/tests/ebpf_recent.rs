@@ -4,16 +4,18 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use npm_agent::conntrack::{Conntrack, Detail, Entry, MarkFilter};
 use npm_policy::flow::Transport;
 use npm_policy::goal::Family;
 use npm_policy::model::Protocol;
 use npm_tests::lab::netns::Netns;
 use npm_tests::lab::packet::{Ends, IpSender, udp};
 use npm_tests::lab::require_root;
-use npm_tests::pair::{CLOSED, Stage, world};
+use npm_tests::pair::{CLOSED, Kind, Stage, world};
 use npm_tests::scenario::enforcer::Means;
 
 const CHOICES: [&str; 2] = ["cast,maps", "probe,maps"];
@@ -158,5 +160,88 @@ fn what_is_denied_is_known_nowhere() -> Result<()> {
             ensure!(arrived == 0, "{choice} {family:?}: {arrived} packets of denied flows arrive");
         }
     }
+    Ok(())
+}
+
+/// The kernel gives an ended connection's memory to the next: a proof that outlived its connection would be that one's. The
+/// proof of one that has not ended stays, and is worth what it was.
+#[test]
+fn a_proof_ends_with_its_connection() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    // Soon after policies have changed, and in any case.
+    const SOON: Duration = Duration::from_secs(5);
+    const IN_ANY_CASE: Duration = Duration::from_secs(20);
+    const FEW: Range<u16> = 20_000..20_040;
+    // With those the map is more than is read at once.
+    const MANY: Range<u16> = 20_000..22_400;
+    // From before anything is enforced: they are listed, by no address.
+    const BEFORE: Range<u16> = 30_000..30_040;
+    // What has its proof in a mark is not in the map.
+    type Flows = [(Kind, Family, Range<u16>)];
+    let cases: [(&str, &Flows); 2] = [
+        (
+            "cast,maps",
+            &[
+                (Kind::Udp, Family::V4, BEFORE),
+                (Kind::Icmp, Family::V6, BEFORE),
+                (Kind::Tcp, Family::V4, FEW),
+                (Kind::Tcp, Family::V6, FEW),
+                (Kind::Udp, Family::V4, MANY),
+                (Kind::Udp, Family::V6, MANY),
+                (Kind::Icmp, Family::V4, FEW),
+                (Kind::Icmp, Family::V6, FEW),
+            ],
+        ),
+        ("cast,kfuncs", &[(Kind::Icmp, Family::V4, FEW), (Kind::Icmp, Family::V6, FEW)]),
+    ];
+    let mut stages = Vec::new();
+    for (choice, flows) in cases {
+        let mut stage = Stage::build(Means::Ebpf(choice.parse()?))?;
+        stage.deafen()?;
+        for program in ["iptables-nft", "ip6tables-nft"] {
+            // Somebody else's rule makes the node track connections.
+            stage.node().exec(program, &["-A", "FORWARD", "-m", "conntrack", "--ctstate", "INVALID"])?;
+        }
+        let (before, after): (Vec<_>, Vec<_>) = flows.iter().partition(|(_, _, ports)| *ports == BEFORE);
+        before.iter().try_for_each(|(kind, family, ports)| stage.open(*kind, *family, ports.clone()))?;
+        stage.enforcer.enforce(&world("")?)?;
+        after.iter().try_for_each(|(kind, family, ports)| stage.open(*kind, *family, ports.clone()))?;
+        let count = flows.iter().map(|(_, _, ports)| ports.len()).sum();
+        stage.proven(count, SOON).with_context(|| format!("{choice}: all are open"))?;
+        // Half of them end, by no packet.
+        end(&stage, |number| number % 2 == 1)?;
+        stage.enforcer.enforce(&world(CLOSED)?)?;
+        stage.proven(count / 2, SOON).with_context(|| format!("{choice}: half are open"))?;
+        // The others live on, whatever policy says by now, and however often anybody looks.
+        for _ in 0..3 {
+            stage.enforcer.enforce(&world(CLOSED)?)?;
+            std::thread::sleep(Duration::from_millis(1200));
+        }
+        stage.deafen()?;
+        flows.iter().try_for_each(|(kind, family, ports)| stage.answer(*kind, *family, ports.clone()))?;
+        let arrived = arrived(&stage, count as u64 / 2)?;
+        ensure!(arrived == count as u64 / 2, "{choice}: {arrived} answers of {count} connections arrive");
+        stage.proven(count / 2, SOON).with_context(|| format!("{choice}: half are open"))?;
+        end(&stage, |_| true)?;
+        stages.push((choice, stage));
+    }
+    for (choice, stage) in &stages {
+        stage.proven(0, IN_ANY_CASE).with_context(|| format!("{choice}: none is open"))?;
+    }
+    Ok(())
+}
+
+/// Ends connections by their ports or ids.
+fn end(stage: &Stage, wanted: impl Fn(u16) -> bool + Sync) -> Result<()> {
+    let number = |entry: &Entry| match entry.original.detail {
+        Detail::Ports { source, .. } => source,
+        Detail::Icmp { id, .. } => id,
+        Detail::Nothing => 0,
+    };
+    let delete = || Ok(Conntrack::open()?.delete_where(MarkFilter::ANY, |entry| wanted(number(entry)))?);
+    let ended = stage.node().run(delete)?;
+    ensure!(ended > 0, "nothing was open");
     Ok(())
 }

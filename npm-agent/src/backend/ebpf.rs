@@ -16,6 +16,7 @@ pub mod choice;
 mod connections;
 mod datapath;
 pub mod denials;
+mod ended;
 pub mod enforcer;
 mod grace;
 pub mod held;

@@ -90,7 +90,8 @@ pub struct Entry {
     pub mark: u32,
     /// `IPS_*` bits.
     pub status: u32,
-    /// The kernel's name of this entry: another one with the same tuples has another.
+    /// The kernel's name of this entry: another one with the same tuples has another, unless it was given the same memory later
+    /// (`nf_ct_get_id`, net/netfilter/nf_conntrack_core.c).
     pub id: u32,
 }
 

@@ -123,8 +123,8 @@ impl Socket {
                     dump = Dump::Torn;
                 }
                 match message.message_type() {
-                    DONE => ended = true,
-                    ERROR => {
+                    // Either says how it ended, and what was shown before an error is not all.
+                    DONE | ERROR => {
                         ended = true;
                         if let Some(error) = outcome(message)? {
                             return Err(ConntrackError::of(error));

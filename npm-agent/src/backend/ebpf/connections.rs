@@ -5,6 +5,7 @@
 //! notes the tuple in `DENIED`, and a thread here deletes the entry over ctnetlink. Until then the entry is harmless:
 //! a packet of a connection without proof is judged, whatever the kernel says that it is.
 
+use std::collections::HashMap as Table;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,10 +19,11 @@ use super::choice::Proofs;
 use super::kernel::KernelError;
 use super::maps::MapsError;
 use super::pins::Pins;
+use super::syscall::HashElements;
 use crate::conntrack::{Conntrack, ConntrackError, Detail, Entry, MarkFilter, Tuple};
 
 /// A [`Key`] as aya writes it.
-type Words = [u64; 5];
+pub(super) type Words = [u64; 5];
 
 /// A connection's protocols whose tuples hold ports, or what stands in their place (include/net/netfilter/
 /// nf_conntrack_tuple.h): TCP, UDP, DCCP, GRE, SCTP, UDP-Lite.
@@ -42,7 +44,7 @@ const BATCH: usize = 4096;
 const MOST_SWINGS: usize = 32;
 
 /// The words of a tuple's memory.
-fn words(key: &Key) -> Words {
+pub(super) fn words(key: &Key) -> Words {
     let Key { source, source_port, family, destination, destination_port, protocol, direction } = key;
     let mut bytes = [0; 40];
     bytes[..16].copy_from_slice(source);
@@ -59,7 +61,7 @@ fn words(key: &Key) -> Words {
 }
 
 /// The tuple that these words are the memory of. `None`: of no family that we know.
-fn tuple(words: &Words) -> Option<Tuple> {
+pub(super) fn tuple(words: &Words) -> Option<Tuple> {
     let mut bytes = [0; 40];
     for (bytes, word) in bytes.chunks_exact_mut(8).zip(words) {
         bytes.copy_from_slice(&word.to_ne_bytes());
@@ -86,7 +88,7 @@ fn tuple(words: &Words) -> Option<Tuple> {
 }
 
 /// The key of a connection in the programs' maps.
-fn key(tuple: &Tuple) -> Key {
+pub(super) fn key(tuple: &Tuple) -> Key {
     let (source_port, destination_port) = match tuple.detail {
         Detail::Ports { source, destination } => (source.to_be_bytes(), destination.to_be_bytes()),
         Detail::Icmp { kind, code, id } => (id.to_be_bytes(), [kind, code]),
@@ -112,16 +114,46 @@ fn key(tuple: &Tuple) -> Key {
 }
 
 /// One of the programs' maps of connections.
-struct Connections {
+pub(super) struct Connections {
     name: &'static str,
     map: HashMap<MapData, Words, u64>,
+    elements: HashElements<Words, u64>,
 }
 
 impl Connections {
-    fn pinned(pins: &Pins, name: &'static str) -> Result<Self, KernelError> {
+    pub(super) fn pinned(pins: &Pins, name: &'static str) -> Result<Self, KernelError> {
         let failed = |source| MapsError::Map { name, source };
-        let map = MapData::from_pin(pins.map(name)).and_then(Map::from_map_data).map_err(failed)?;
-        Ok(Self { name, map: HashMap::try_from(map).map_err(failed)? })
+        let data = MapData::from_pin(pins.map(name)).map_err(failed)?;
+        let elements = HashElements::of(&data).map_err(failed)?;
+        let map = Map::from_map_data(data).and_then(HashMap::try_from).map_err(failed)?;
+        Ok(Self { name, map, elements })
+    }
+
+    /// What it holds for a connection.
+    pub(super) fn get(&self, key: &Words) -> Option<u64> {
+        self.map.get(key, 0).ok()
+    }
+
+    /// Takes the element out; whether there was one.
+    pub(super) fn remove(&mut self, key: &Words) -> Result<bool, KernelError> {
+        match self.map.remove(key) {
+            Ok(()) => Ok(true),
+            Err(MapError::KeyNotFound) => Ok(false),
+            Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::NotFound => {
+                Ok(false)
+            }
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    /// All that it holds. What is written meanwhile may be among it or not.
+    pub(super) fn elements(&self) -> Result<Table<Words, u64>, KernelError> {
+        let mut elements = Table::new();
+        let read = self.elements.each(BATCH, |connection, value| {
+            elements.insert(connection, value);
+        });
+        read.map_err(|error| self.failed(MapError::IoError(error)))?;
+        Ok(elements)
     }
 
     fn failed(&self, source: MapError) -> KernelError {
@@ -256,14 +288,9 @@ impl Scythe {
         let mut tuples = Vec::with_capacity(keys.len());
         for key in &keys {
             // First, so that a packet that comes from here on notes it again.
-            match self.denied.map.remove(key) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(MapError::SyscallError(error))
-                    if error.io_error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => return Err(self.denied.failed(error)),
-            }
+            self.denied.remove(key)?;
             // It may have been allowed since.
-            if self.proofs.map.get(key, 0).is_err() {
+            if self.proofs.get(key).is_none() {
                 tuples.extend(tuple(key));
             }
         }

@@ -17,6 +17,7 @@ use super::choice::{Choice, Hook, Proofs};
 use super::connections::{Reaper, prove_existing, prove_marked, sweep};
 use super::datapath::{Datapath, ENTRIES, Settings};
 use super::denials::{Denials, Sink, Unlogged};
+use super::ended::Ended;
 use super::kernel::{KernelError, verdict};
 use super::lower::{decision, needed_bits};
 use super::maps::{ApplyError, Writes};
@@ -65,6 +66,8 @@ pub struct Ebpf {
     watch: Option<Watch>,
     /// Runs until everything is removed.
     reaper: Option<Reaper>,
+    /// The same.
+    ended: Option<Ended>,
     /// Whether an earlier process of ours enforces.
     inherited: bool,
     /// What was wrong with the rules that track connections at the last look.
@@ -109,6 +112,7 @@ impl Ebpf {
         let maps = datapath.take_maps()?;
         let attachments = Attachments::new(pins.clone(), choice, selection).map_err(KernelError::from)?;
         let reaper = Some(Reaper::start(&pins, datapath.proofs(), proof)?);
+        let ended = Some(Ended::start(&pins)?);
         tracing::info!(
             reading = %datapath.reading(), proofs = %datapath.proofs(), hook = %attachments.hook(), inherited, "the eBPF program is loaded"
         );
@@ -124,6 +128,7 @@ impl Ebpf {
             attachments,
             watch: None,
             reaper,
+            ended,
             inherited,
             log: None,
             denials: None,
@@ -199,6 +204,13 @@ impl Ebpf {
             self.watch = Some(Watch::start(self.attachments.clone())?);
         }
         Ok(new)
+    }
+
+    /// What was proven may be denied by now.
+    fn policies_changed(&self) {
+        if let Some(ended) = &self.ended {
+            ended.policies_changed();
+        }
     }
 
     /// Gives connections that are there their proof; then what has none is dropped. Gives no drift: it is the first time.
@@ -327,6 +339,7 @@ impl Backend for Ebpf {
             }
             None => self.maps.apply(goal).map_err(KernelError::from),
         };
+        self.policies_changed();
         // A goal that does not fit has isolated all the same; after another failure nobody knows what is in the maps.
         let (writes, unfit) = match outcome {
             Ok(writes) => (writes, None),
@@ -394,6 +407,9 @@ impl Backend for Ebpf {
         if let Some(goal) = &self.goal {
             let (writes, changed) = self.maps.verify(goal).map_err(KernelError::from)?;
             set_writes = writes.entries;
+            if set_writes > 0 {
+                self.policies_changed();
+            }
             drift.extend(changed);
             if self.datapath.mode()? != Mode::Enforce {
                 self.datapath.set_mode(Mode::Enforce)?;
@@ -427,7 +443,7 @@ impl Backend for Ebpf {
 
     fn remove(&mut self) -> Result<Removed, BackendError> {
         self.attachments.close();
-        (self.watch, self.reaper, self.denials) = (None, None, None);
+        (self.watch, self.reaper, self.ended, self.denials) = (None, None, None, None);
         let mut removed = Removed { rules: take_away(&self.pins)?, ..Removed::default() };
         for iptables in &self.iptables {
             removed.chains += usize::from(iptables.remove(&self.tools)?);

@@ -2,9 +2,11 @@
 #![expect(unsafe_code, reason = "a system call that no crate of ours wraps")]
 
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::marker::PhantomData;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use aya::Pod;
+use aya::maps::{MapData, MapError};
 
 use crate::interfaces::Index;
 
@@ -47,10 +49,11 @@ struct Batch {
 }
 
 /// Reads values of an array, from the one at an index on, as many as there is room for; gives how many that were. One call
-/// for each would take a hundred times as long (from 5.6 on there is one for many).
+/// for each would take a hundred times as long (from 5.6 on there is one for many). The map's values have to be of this
+/// length, as aya sees to when it takes a map for such an array: the kernel would write past the end.
 ///
 /// # Errors
-/// The kernel's. EINVAL: the map's values are not of this length.
+/// The kernel's.
 pub(super) fn array_values<V: Pod>(map: BorrowedFd<'_>, from: u32, values: &mut [V]) -> io::Result<usize> {
     let mut keys = vec![0_u32; values.len()];
     let (before, mut last) = (from.wrapping_sub(1), 0_u32);
@@ -74,6 +77,65 @@ pub(super) fn array_values<V: Pod>(map: BorrowedFd<'_>, from: u32, values: &mut 
     let count = usize::try_from(batch.count).map_err(io::Error::other)?;
     let in_turn = keys.iter().zip(from..).take(count).all(|(key, index)| *key == index);
     if in_turn { Ok(count) } else { Err(io::Error::other("an array's values are out of turn")) }
+}
+
+/// A hash map, read many elements at once.
+#[derive(Debug)]
+pub(super) struct HashElements<K, V> {
+    map: OwnedFd,
+    elements: PhantomData<(K, V)>,
+}
+
+impl<K: Pod + Default, V: Pod + Default> HashElements<K, V> {
+    /// # Errors
+    /// The map's keys or values are not of these lengths: the kernel would write past the end of what it is given.
+    pub(super) fn of(map: &MapData) -> Result<Self, MapError> {
+        let info = map.info()?;
+        let [key, value] = [info.key_size(), info.value_size()].map(|size| size as usize);
+        if key != size_of::<K>() {
+            return Err(MapError::InvalidKeySize { size: size_of::<K>(), expected: key });
+        }
+        if value != size_of::<V>() {
+            return Err(MapError::InvalidValueSize { size: size_of::<V>(), expected: value });
+        }
+        let map = map.fd().as_fd().try_clone_to_owned().map_err(MapError::IoError)?;
+        Ok(Self { map, elements: PhantomData })
+    }
+
+    /// Gives every element, `at_once` of them a call. What is written meanwhile may be among them or not; what stays is. To a
+    /// map that forgets what it is not asked for, this is no question.
+    ///
+    /// # Errors
+    /// The kernel's. ENOSPC: more than `at_once` are in one bucket.
+    pub(super) fn each(&self, at_once: usize, mut each: impl FnMut(K, V)) -> io::Result<()> {
+        let (mut keys, mut values) = (vec![K::default(); at_once], vec![V::default(); at_once]);
+        let (mut before, mut next) = (None::<u32>, 0_u32);
+        loop {
+            let mut batch = Batch {
+                // Nothing, for the beginning; otherwise what the kernel gave. All of these live until the call has ended.
+                in_batch: before.as_ref().map_or(0, |before| std::ptr::from_ref(before) as u64),
+                out_batch: &raw mut next as u64,
+                keys: keys.as_mut_ptr() as u64,
+                values: values.as_mut_ptr() as u64,
+                count: u32::try_from(at_once).map_err(io::Error::other)?,
+                map_fd: self.map.as_raw_fd().cast_unsigned(),
+                element_flags: 0,
+                flags: 0,
+            };
+            let is_end = match bpf(BPF_MAP_LOOKUP_BATCH, &mut batch) {
+                Ok(_) => false,
+                // The end was reached, with or without elements before it.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+                Err(error) => return Err(error),
+            };
+            let count = usize::try_from(batch.count).map_err(io::Error::other)?;
+            keys.iter().zip(&values).take(count).for_each(|(key, value)| each(*key, *value));
+            if is_end {
+                return Ok(());
+            }
+            before = Some(next);
+        }
+    }
 }
 
 /// Calls bpf(2). What the attributes point to has to live until it returns, and be as long as they say.
