@@ -271,9 +271,15 @@ impl Stage {
     /// # Errors
     /// A packet can't be made.
     pub fn flood(&self, kind: Kind, family: Family, ports: Ports, lasts: Duration) -> Result<u64> {
+        self.flood_with(&[(kind, family, ports)], lasts)
+    }
+
+    /// The same with packets of all these in turn.
+    ///
+    /// # Errors
+    /// A packet can't be made.
+    pub fn flood_with(&self, floods: &[(Kind, Family, Ports)], lasts: Duration) -> Result<u64> {
         let (a, b) = (self.pod("10.241.0.2")?, self.pod("10.241.0.3")?);
-        let address = |pod: usize| self.lab.endpoints()[pod].address(family).context("no address");
-        let (own, other) = (address(a)?, address(b)?);
         let start = Barrier::new(2);
         let flood = |pod: usize, packets: Vec<Vec<u8>>, cpu: usize| {
             let start = &start;
@@ -297,8 +303,17 @@ impl Stage {
                 Ok(sent)
             }
         };
-        let forward = packets(kind, ports, own, other, Way::Forward)?;
-        let backward = packets(kind, ports, own, other, Way::Backward)?;
+        let packets = |way: Way| -> Result<Vec<Vec<u8>>> {
+            let mut all = Vec::new();
+            for &(kind, family, ports) in floods {
+                let address = |pod: usize| self.lab.endpoints()[pod].address(family).context("no address");
+                all.push(packets(kind, ports, address(a)?, address(b)?, way)?);
+            }
+            let longest = all.iter().map(Vec::len).max().unwrap_or(0);
+            let turns = (0..longest).flat_map(|turn| all.iter().map(move |of| of[turn % of.len()].clone()));
+            Ok(turns.collect())
+        };
+        let (forward, backward) = (packets(Way::Forward)?, packets(Way::Backward)?);
         std::thread::scope(|scope| {
             let threads = [scope.spawn(flood(a, forward, 0)), scope.spawn(flood(b, backward, 1))];
             let mut sum = 0;

@@ -101,7 +101,8 @@ fn events_reach_the_kernel() -> Result<()> {
     let least =
         cluster.objects().filter(|object| object["kind"] == "Pod").map(|pod| pod.to_string().len()).min();
     ensure!(least > Some(4096), "pods as a cluster sends them are larger: {least:?}");
-    let plan = Plan { backend: "ebpf".to_owned(), cluster, streaming_lists: true, churn: 2, probes: 6 };
+    let (backend, verify_interval) = ("ebpf".to_owned(), "30s".to_owned());
+    let plan = Plan { backend, cluster, streaming_lists: true, churn: 2, probes: 6, verify_interval };
     let figures = control::run(plan)?.events;
     ensure!(figures.latencies.len() == 6, "{figures:?}");
     let (events, bytes) = figures.sent;

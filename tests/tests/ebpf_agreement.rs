@@ -4,13 +4,18 @@
 //! `NPM_SEED=<number>` repeats a run; `NPM_CASES=<n>` scales it.
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 
 use npm_agent::backend::ebpf::held::{Held, Limits};
 use npm_agent::backend::ebpf::lower::{LowerError, Lowered, lower};
-use npm_agent::backend::ebpf::plan::filled;
+use npm_agent::backend::ebpf::maps::ApplyError;
+use npm_agent::backend::ebpf::plan::{Full, MapName, filled};
+use npm_agent::backend::ebpf::shed::Shed;
 use npm_common::decide::Judgement;
 use npm_common::layout::NARROW_WORDS;
+use npm_policy::flow::Judgement::{Allowed, Denied, NotIsolated};
 use npm_policy::goal::Goal;
+use npm_policy::model::PolicyKey;
 use npm_tests::opinions::{goals, plain};
 use npm_tests::property::check;
 use npm_tests::random::{crowd, flows, world, world_of};
@@ -76,4 +81,63 @@ fn long_lists_are_lowered_whole() {
         }
         Ok(())
     });
+}
+
+/// As the maps would complain of a goal.
+fn complaint(number: u64) -> ApplyError {
+    let names = [
+        MapName::Networks,
+        MapName::Pairs,
+        MapName::Policies,
+        MapName::Records,
+        MapName::Rows,
+        MapName::Segments,
+    ];
+    match names.get((number % 7) as usize) {
+        Some(map) => Full { map: *map, wanted: 5, in_use: 4, limit: 4 }.into(),
+        None => LowerError::Peers { needed: 5, available: 4 }.into(),
+    }
+}
+
+/// What does not fit is left out: whoever was isolated is, and is allowed what other policies allow, and nothing else.
+#[test]
+fn what_is_left_out_is_denied() {
+    let (same, fewer) = (Cell::new(0u32), Cell::new(0u32));
+    check(REGRESSIONS, "left out = denied", 300, (world(), any::<u64>()), |(changes, seed)| {
+        let world = world_of(changes);
+        for (node, goal) in goals(&world) {
+            let mut shed = Shed::default();
+            for round in 0..8 {
+                let reduced = shed.reduce(&goal).into_owned();
+                let out: BTreeSet<PolicyKey> = shed.degraded().into_iter().map(|it| it.policy).collect();
+                prop_assert!(reduced.programs.keys().eq(goal.programs.keys()));
+                prop_assert!(lower::<NARROW_WORDS>(&reduced).is_ok());
+                for flow in flows(&world, 40, seed) {
+                    let (meant, found) = (goal.verdict(&flow), plain(&reduced.verdict(&flow)));
+                    let mut expected = plain(&meant);
+                    for (meant, expected) in
+                        [(&meant.ingress, &mut expected.ingress), (&meant.egress, &mut expected.egress)]
+                    {
+                        let is_left = |by: &BTreeSet<PolicyKey>| by.iter().all(|policy| out.contains(policy));
+                        let count = match meant {
+                            Allowed { by } if is_left(by) => {
+                                *expected = Judgement::Denied;
+                                &fewer
+                            }
+                            Allowed { .. } | Denied { .. } | NotIsolated => &same,
+                        };
+                        count.set(count.get() + 1);
+                    }
+                    prop_assert_eq!(expected, found, "{} on {} without {:?}", flow, node, out);
+                }
+                let before = out.len();
+                let is_less = shed.more(&goal, &complaint(seed.rotate_left(round * 8)), round);
+                prop_assert_eq!(is_less, shed.degraded().len() > before, "round {}", round);
+            }
+        }
+        Ok(())
+    });
+    let (same, fewer) = (same.get(), fewer.get());
+    println!("{same} judgements as meant, {fewer} denied for what is left out");
+    assert!(fewer > 1000 && same > 10 * 1000, "{same} {fewer}");
 }

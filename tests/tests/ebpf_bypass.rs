@@ -59,24 +59,43 @@ fn denied_pods_never_reach_each_other() -> Result<()> {
         // What was open has ended, and the kernel gives its memory to what comes next on the same tuple.
         stage.proven(0, Duration::from_secs(10)).with_context(|| name.clone())?;
         stage.deafen()?;
-        for (kind, family) in [
-            (Kind::Udp, Family::V4),
-            (Kind::Udp, Family::V6),
-            (Kind::Tcp, Family::V4),
-            (Kind::Tcp, Family::V6),
-            (Kind::Icmp, Family::V4),
-            (Kind::Icmp, Family::V6),
-            (Kind::Sctp, Family::V4),
-            (Kind::Sctp, Family::V6),
-        ] {
-            for ports in [Ports::Same, Ports::Fresh] {
-                let sent = stage.flood(kind, family, ports, lasts()?)?;
-                let arrived = stage.arrived()?;
-                eprintln!("{name}: {kind:?} {family:?} {ports:?}: {sent} sent, {arrived} arrived");
-                assert!(sent > 100, "{name}: {kind:?}: {sent} packets are no flood");
-                assert_eq!(arrived, 0, "{name}: {kind:?} {family:?} {ports:?}: {sent} sent");
-            }
+        for (kind, family, ports) in every_flood() {
+            let sent = stage.flood(kind, family, ports, lasts()?)?;
+            let arrived = stage.arrived()?;
+            eprintln!("{name}: {kind:?} {family:?} {ports:?}: {sent} sent, {arrived} arrived");
+            assert!(sent > 100, "{name}: {kind:?}: {sent} packets are no flood");
+            assert_eq!(arrived, 0, "{name}: {kind:?} {family:?} {ports:?}: {sent} sent");
         }
+        stage.forgotten().with_context(|| name.clone())?;
+    }
+    Ok(())
+}
+
+fn every_flood() -> Vec<(Kind, Family, Ports)> {
+    let mut all = Vec::new();
+    for kind in [Kind::Udp, Kind::Tcp, Kind::Icmp, Kind::Sctp] {
+        for family in Family::BOTH {
+            all.extend([(kind, family, Ports::Same), (kind, family, Ports::Fresh)]);
+        }
+    }
+    all
+}
+
+/// Everything at once, so that a minute of it (`NPM_FLOOD_SECONDS=60`) takes ten minutes for all variants.
+#[test]
+fn nor_by_everything_in_turn() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    for (name, means) in all_means() {
+        let mut stage = Stage::build(means)?;
+        stage.enforcer.enforce(&world(CLOSED)?)?;
+        stage.deafen()?;
+        let sent = stage.flood_with(&every_flood(), lasts()?)?;
+        let arrived = stage.arrived()?;
+        eprintln!("{name}: {sent} sent, {arrived} arrived");
+        assert!(sent > 1000, "{name}: {sent} packets are no flood");
+        assert_eq!(arrived, 0, "{name}: {sent} sent");
         stage.forgotten().with_context(|| name.clone())?;
     }
     Ok(())

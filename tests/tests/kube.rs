@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
+use aya::maps::{Array, Map, MapData};
 use npm_agent::backend::ebpf::held::{Limits, Write};
 use npm_agent::backend::ebpf::lower::lower_with;
 use npm_agent::backend::ebpf::maps::Maps;
@@ -19,6 +20,7 @@ use npm_agent::backend::iptables::layout::is_our_jump;
 use npm_agent::backend::iptables::render::Rendered;
 use npm_agent::backend::iptables::state::State;
 use npm_agent::backend::iptables::{Iptables, Options};
+use npm_common::event::Mode;
 use npm_common::layout::{NARROW_WORDS, SCHEMA, WIDE_WORDS};
 use npm_policy::compile::compile;
 use npm_policy::flow::{Flow, Transport};
@@ -176,7 +178,10 @@ impl Stage {
             Engine::Ebpf => {
                 let goal = compile(&self.server.store().world(), NODE).0;
                 let maps = self.maps()?;
-                eventually(|| Ok(maps_hold(&maps, &goal).unwrap_or(false)))?
+                // At a start the maps are filled first.
+                eventually(|| {
+                    Ok(enforces(&maps).unwrap_or(false) && maps_hold(&maps, &goal).unwrap_or(false))
+                })?
             }
         };
         if holds {
@@ -237,6 +242,13 @@ fn maps_hold(pins: &Path, goal: &Goal) -> Result<bool> {
     } else {
         same(&Maps::<NARROW_WORDS>::pinned(&narrow)?, goal)
     }
+}
+
+/// Whether programs drop what the maps deny.
+fn enforces(pins: &Path) -> Result<bool> {
+    let mode: Array<_, u32> =
+        Array::try_from(Map::from_map_data(MapData::from_pin(pins.join("maps/MODE"))?)?)?;
+    Ok(Mode::of(mode.get(&0, 0)?) == Mode::Enforce)
 }
 
 fn same<const W: usize>(maps: &Maps<W>, goal: &Goal) -> Result<bool> {
@@ -446,8 +458,23 @@ fn chaos(engine: Engine) -> Result<()> {
     );
     ensure!(done.faults >= rounds / 2, "hardly any fault: {done:?}");
     ensure!(allowed.sent.len() > 100 && denied.sent.len() > 100, "hardly any packet was sent");
-    ensure!(allowed.count(Which::Lost) == 0, "{} allowed packets were lost", allowed.count(Which::Lost));
-    ensure!(denied.count(Which::Arrived) == 0, "{} denied packets arrived", denied.count(Which::Arrived));
+    for (trace, which, what) in [
+        (&allowed, Which::Lost, "allowed packets were lost"),
+        (&denied, Which::Arrived, "denied packets arrived"),
+    ] {
+        // The log has the time of day.
+        let wrong = trace.runs(which).into_iter().map(|run| {
+            let ago = trace.sent[run.first].before.elapsed();
+            format!("{} from {:?} on, in {:?}", run.count, SystemTime::now() - ago, run.at_most)
+        });
+        let wrong: Vec<String> = wrong.collect();
+        if !wrong.is_empty() {
+            let log = stage.directory.path().join("log");
+            let kept = std::env::temp_dir().join(format!("npm-chaos-{seed}.log"));
+            std::fs::copy(log, &kept)?;
+            bail!("{} {what}: {wrong:?}; the agent's log: {}", trace.count(which), kept.display());
+        }
+    }
     ensure!(Path::new(&stage.directory.path().join("log")).exists());
     if engine == Engine::Ebpf {
         // Nobody is isolated by it, and somebody always is.

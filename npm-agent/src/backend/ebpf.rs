@@ -30,6 +30,7 @@ mod packet;
 pub mod pins;
 pub mod plan;
 pub mod rule;
+pub mod shed;
 mod syscall;
 mod watch;
 pub mod width;

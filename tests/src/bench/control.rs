@@ -51,6 +51,8 @@ pub struct Plan {
     pub churn: u32,
     /// How many events are measured.
     pub probes: u32,
+    /// The agent's `--verify-interval`.
+    pub verify_interval: String,
 }
 
 /// What was measured.
@@ -200,8 +202,7 @@ impl Stage {
             ["--source", "kube"],
             ["--kubeconfig", &kubeconfig],
             ["--instance", &instance],
-            // What is measured are changes, not the read-backs between them.
-            ["--verify-interval", "10m"],
+            ["--verify-interval", &plan.verify_interval],
         ];
         let settings = Settings {
             backend: plan.backend.clone(),

@@ -71,6 +71,9 @@ struct ControlArguments {
     /// Measure with a server without streaming lists only
     #[arg(long)]
     pages: bool,
+    /// The agent's --verify-interval: events wait while it reads back what the kernel has
+    #[arg(long, default_value = "30s")]
+    verify_interval: String,
 }
 
 #[derive(clap::Args)]
@@ -110,7 +113,7 @@ fn main() -> Result<()> {
 
 /// What the agent takes to follow a cluster.
 fn follow(arguments: &ControlArguments) -> Result<()> {
-    let ControlArguments { backend, namespaces, churn, probes, pages } = arguments;
+    let ControlArguments { backend, namespaces, churn, probes, pages, verify_interval } = arguments;
     let (cluster, churn) = (Cluster { namespaces: *namespaces }, *churn);
     let sizes: Vec<usize> =
         cluster.objects().filter(|it| it["kind"] == "Pod").map(|it| it.to_string().len()).collect();
@@ -128,8 +131,10 @@ fn follow(arguments: &ControlArguments) -> Result<()> {
     }
     for (backend, streaming_lists) in runs {
         let probes = if backend == "iptables" { probes.div_ceil(10) } else { *probes };
-        let plan = Plan { backend: backend.to_owned(), cluster, streaming_lists, churn, probes };
-        let figures = control::run(plan).with_context(|| backend.to_owned())?;
+        let (verify_interval, backend) = (verify_interval.clone(), backend.to_owned());
+        let plan =
+            Plan { backend: backend.clone(), cluster, streaming_lists, churn, probes, verify_interval };
+        let figures = control::run(plan).with_context(|| backend.clone())?;
         let lists = if streaming_lists { "streaming lists" } else { "lists by pages" };
         println!("\n## {backend}, {lists}\n");
         print_figures(&figures);

@@ -171,7 +171,10 @@ impl Enforcer {
             Self::Ebpf { netns, node, backend } => {
                 let goal = compile(world, node).0;
                 netns.run(|| {
-                    backend.apply(&goal)?;
+                    let applied = backend.apply(&goal)?;
+                    if !applied.degraded.is_empty() {
+                        bail!("the maps would not take all: {:?}", applied.degraded);
+                    }
                     let left = backend.verify()?;
                     if !left.drift.is_empty() {
                         bail!("what was applied was not all there: {left:?}");

@@ -24,6 +24,7 @@ use super::maps::{ApplyError, Writes};
 use super::meter::{self, Fill};
 use super::pins::Pins;
 use super::rule::Iptables;
+use super::shed::Shed;
 use super::watch::{Watch, interfaces};
 use super::width::Width;
 use crate::backend::meter::{Meter, Store};
@@ -82,6 +83,8 @@ pub struct Ebpf {
     is_alone: bool,
     /// Whether what is attached from here on is the program that is pinned.
     is_renewed: bool,
+    /// What the maps can't hold of the goal.
+    shed: Shed,
     /// When the rules that track connections, and the interfaces, were last looked at.
     looked: Option<Instant>,
 }
@@ -137,6 +140,7 @@ impl Ebpf {
             fill: Fill::default(),
             is_alone: false,
             is_renewed: true,
+            shed: Shed::default(),
             looked: None,
         };
         if inherited {
@@ -258,6 +262,81 @@ impl Ebpf {
         self.fill.replace(stores);
     }
 
+    /// Fills the maps with a goal, or with as much of it as they hold. It always isolates whoever the goal does.
+    ///
+    /// # Errors
+    /// The maps could not be written; or they can't hold even what isolates.
+    fn fit(&mut self, goal: &Goal) -> Result<Writes, KernelError> {
+        self.shed.keep_for(goal);
+        let before = self.shed.clone();
+        let writes = self.fit_less(goal)?;
+        if self.shed == before {
+            return Ok(writes);
+        }
+        // It may have lacked room beside what was in use before, which is free now.
+        self.shed = before;
+        let more = self.fit_less(goal)?;
+        Ok(Writes { entries: writes.entries + more.entries, waits: writes.waits + more.waits })
+    }
+
+    /// Leaves out more of the goal until the rest fits.
+    fn fit_less(&mut self, goal: &Goal) -> Result<Writes, KernelError> {
+        let mut round = 0;
+        loop {
+            match self.fill(&self.shed.reduce(goal).into_owned()) {
+                Err(KernelError::Apply(error)) if self.shed.more(goal, &error, round) => round += 1,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Fills the maps with a goal, wider ones if need be.
+    ///
+    /// # Errors
+    /// It does not fit: then whoever it isolates, and was not isolated, is denied everything. Or maps could not be written.
+    fn fill(&mut self, goal: &Goal) -> Result<Writes, KernelError> {
+        if self.maps.width().surely_holds(goal) {
+            return Ok(self.maps.apply(goal)?);
+        }
+        let needed = match Width::needed(goal) {
+            Ok(needed) => needed,
+            // It isolates; and says what is too much even for the wide ones.
+            Err(too_much) => match self.maps.apply(goal) {
+                Err(ApplyError::Lower(_)) => return Err(ApplyError::Lower(too_much).into()),
+                outcome => return Ok(outcome?),
+            },
+        };
+        if needed > self.maps.width() {
+            match self.widen(goal, needed) {
+                Ok(writes) => return Ok(writes),
+                Err(error) => {
+                    tracing::warn!(%error, "no program with wider rows");
+                    self.looked = None;
+                    // What is in force can't hold the goal either: it denies whoever is to be isolated and is not yet.
+                }
+            }
+        }
+        Ok(self.maps.apply(goal)?)
+    }
+
+    /// Tries again what was left out: there may be room by now.
+    ///
+    /// # Errors
+    /// The maps could not be written.
+    fn try_whole(&mut self, goal: &Goal) -> Result<usize, KernelError> {
+        if self.shed.is_empty() {
+            return Ok(0);
+        }
+        match self.fill(goal) {
+            Ok(writes) => {
+                self.shed = Shed::default();
+                Ok(writes.entries)
+            }
+            Err(KernelError::Apply(ApplyError::Lower(_) | ApplyError::Full(_))) => Ok(0),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Goes on with programs of another width, which judge by `goal` from the first packet on.
     fn widen(&mut self, goal: &Goal, width: Width) -> Result<Writes, KernelError> {
         let directory = self.pins.begin(width)?;
@@ -324,21 +403,7 @@ impl Backend for Ebpf {
         // from the maps.
         let is_first = self.goal.is_none();
         let mut tracked = if is_first { self.track() } else { Ok(Vec::new()) };
-        // What fits nowhere is refused by the maps, which then deny whoever is to be isolated.
-        let is_as_wide = self.maps.width().surely_holds(goal);
-        let needed = if is_as_wide { None } else { Width::needed(goal).ok() };
-        let needed = needed.unwrap_or(self.maps.width());
-        let widened = (needed > self.maps.width()).then(|| self.widen(goal, needed));
-        let outcome = match widened {
-            Some(Ok(writes)) => Ok(writes),
-            Some(Err(error)) => {
-                tracing::warn!(%error, "no program with wider rows");
-                self.looked = None;
-                // What is in force can't hold the goal either: it denies whoever is to be isolated and is not yet.
-                self.maps.apply(goal).map_err(KernelError::from)
-            }
-            None => self.maps.apply(goal).map_err(KernelError::from),
-        };
+        let outcome = self.fit(goal);
         self.policies_changed();
         // A goal that does not fit has isolated all the same; after another failure nobody knows what is in the maps.
         let (writes, unfit) = match outcome {
@@ -397,16 +462,16 @@ impl Backend for Ebpf {
             set_writes: writes.entries,
             rule_writes: attached?,
             drift: drift?,
-            degraded: Vec::new(),
+            degraded: self.shed.degraded(),
         })
     }
 
     fn verify(&mut self) -> Result<Applied, BackendError> {
         let (tracked, attached) = (self.track(), self.attach());
         let (mut drift, mut set_writes) = (Vec::new(), 0);
-        if let Some(goal) = &self.goal {
-            let (writes, changed) = self.maps.verify(goal).map_err(KernelError::from)?;
-            set_writes = writes.entries;
+        if let Some(goal) = self.goal.clone() {
+            let (writes, changed) = self.maps.verify(&self.shed.reduce(&goal)).map_err(KernelError::from)?;
+            set_writes = writes.entries + self.try_whole(&goal)?;
             if set_writes > 0 {
                 self.policies_changed();
             }
@@ -424,7 +489,7 @@ impl Backend for Ebpf {
         let rule_writes = attached?;
         self.supersede();
         drift.extend(tracked?);
-        Ok(Applied { set_writes, rule_writes, drift, degraded: Vec::new() })
+        Ok(Applied { set_writes, rule_writes, drift, degraded: self.shed.degraded() })
     }
 
     /// None: writes to maps take microseconds, and the attempt as a whole is measured.

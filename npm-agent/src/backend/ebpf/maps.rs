@@ -206,10 +206,15 @@ impl<const W: usize> Maps<W> {
     /// # Errors
     /// As [`Maps::apply`].
     pub fn verify(&mut self, goal: &Goal) -> Result<(Writes, Vec<String>), ApplyError> {
-        let meant = self.held.clone();
         let was_known = self.is_known;
-        self.read_back()?;
+        // No more than two at a time, and one while everything is lowered: nothing else takes as much memory.
+        let meant = std::mem::take(&mut self.held);
+        if let Err(error) = self.read_back() {
+            self.held = meant;
+            return Err(error.into());
+        }
         let mut drift = if was_known { self.held.differences(&meant) } else { Vec::new() };
+        drop(meant);
         let (is_as_left, before) = (was_known && drift.is_empty(), self.held.generation);
         let writes = self.converge(goal)?;
         if is_as_left && self.held.generation != before {

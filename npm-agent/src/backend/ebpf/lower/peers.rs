@@ -347,32 +347,46 @@ impl<const W: usize> Peers<W> {
     /// The row of every prefix that a block or an except begins at: of all blocks that hold the whole of it. Between
     /// a prefix and the next longer ones nothing changes, so the longest that covers an address says all.
     fn networks<A: OfFamily>(&self, goal: &Goal) -> BTreeMap<Prefix<A>, Bits<W>> {
-        let blocks: Vec<(usize, &Block)> = self
-            .bits
-            .iter()
-            .filter_map(|(number, bit)| match bit {
-                Bit::Peer(key @ SetKey::Block(block)) if goal.sets.contains_key(key) => {
-                    Some((*number, block))
-                }
-                Bit::Any | Bit::Peer(_) | Bit::Pairs { .. } => None,
-            })
-            .collect();
-        let nets: BTreeSet<IpNet> = blocks
-            .iter()
-            .flat_map(|(_, block)| std::iter::once(&block.cidr).chain(&block.except))
-            .copied()
-            .collect();
-        let row = |net: &IpNet| {
-            let mut row = [0; W];
-            for (number, block) in &blocks {
-                if block.cidr.contains(net) && !block.except.iter().any(|except| except.contains(net)) {
-                    set_bit(&mut row, *number);
-                }
+        // By address, then by length: each behind those that cover it.
+        let mut turns: BTreeMap<(A, u32), Turn> = BTreeMap::new();
+        for (number, bit) in &self.bits {
+            let Bit::Peer(key @ SetKey::Block(block)) = bit else { continue };
+            if !goal.sets.contains_key(key) {
+                continue;
             }
-            row
-        };
-        nets.iter().filter_map(|net| Some((Prefix::of(*net)?, row(net)))).collect()
+            let Block { cidr, except } = block;
+            let place =
+                |net: &IpNet| Prefix::<A>::of(*net).map(|Prefix { length, address }| (address, length));
+            if let Some(place) = place(cidr) {
+                let is_nothing = except.iter().any(|except| except.contains(cidr));
+                turns.entry(place).or_default().begins.extend((!is_nothing).then_some(*number));
+            }
+            for place in except.iter().filter_map(place) {
+                turns.entry(place).or_default().ends.push(*number);
+            }
+        }
+        let mut covering: Vec<(Prefix<A>, Bits<W>)> = Vec::new();
+        let mut networks = BTreeMap::new();
+        for ((address, length), Turn { begins, ends }) in turns {
+            while covering.pop_if(|(above, _)| address.truncated(above.length) != above.address).is_some() {}
+            let mut row = covering.last().map_or([0; W], |(_, row)| *row);
+            begins.iter().for_each(|number| {
+                set_bit(&mut row, *number);
+            });
+            ends.iter().for_each(|number| clear_bit(&mut row, *number));
+            let prefix = Prefix { length, address };
+            covering.push((prefix, row));
+            networks.insert(prefix, row);
+        }
+        networks
     }
+}
+
+/// The blocks that begin, and those that are excepted, at a prefix.
+#[derive(Default)]
+struct Turn {
+    begins: Vec<usize>,
+    ends: Vec<usize>,
 }
 
 /// Takes a bit out of a row.
