@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 use npm_agent::backend::ebpf::held::{Held, Limits};
 use npm_agent::backend::ebpf::lower::{LowerError, Lowered, lower};
-use npm_agent::backend::ebpf::maps::ApplyError;
+use npm_agent::backend::ebpf::lowering::Unfit;
 use npm_agent::backend::ebpf::plan::{Full, MapName, filled};
 use npm_agent::backend::ebpf::shed::Shed;
 use npm_common::decide::Judgement;
@@ -84,7 +84,7 @@ fn long_lists_are_lowered_whole() {
 }
 
 /// As the maps would complain of a goal.
-fn complaint(number: u64) -> ApplyError {
+fn complaint(number: u64) -> Unfit {
     let names = [
         MapName::Networks,
         MapName::Pairs,

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use npm_agent::backend::Backend;
 use npm_agent::backend::ebpf::choice::Choice;
 use npm_agent::backend::ebpf::enforcer::{Ebpf, Options};
@@ -16,6 +16,7 @@ use npm_policy::compile::compile;
 use npm_policy::flow::{Decision, Flow, Transport};
 use npm_policy::model::{PolicyKey, Protocol};
 use npm_tests::lab::netns::Netns;
+use npm_tests::lab::observer::{self, End, Observer, Stream, Which};
 use npm_tests::lab::require_root;
 use npm_tests::lab::service::Dialect;
 use npm_tests::pair::{Stage, world};
@@ -80,18 +81,50 @@ fn start(node: &Netns) -> Result<Ebpf> {
 struct Node {
     stage: Stage,
     backend: Ebpf,
+    /// New flows from pod a to pod b, to a port that a policy allows through all of it.
+    bystander: Option<Observer>,
 }
+
+/// The port of the bystander.
+const ALWAYS: u16 = 70;
 
 impl Node {
     fn build() -> Result<Self> {
         let stage = Stage::build(Means::Nothing)?;
+        observer::prepare(stage.node())?;
         let backend = start(stage.node())?;
-        Ok(Self { stage, backend })
+        let mut node = Self { stage, backend, bystander: None };
+        ensure!(node.apply(&[])?.is_empty());
+        let end = |address: &str| -> Result<End> {
+            let netns = node.stage.lab.endpoints()[node.stage.pod(address)?].netns.clone();
+            Ok(End { netns, address: address.parse()? })
+        };
+        let (from, to) = (end(A)?, end(B)?);
+        let stream = Stream { from, to, protocol: Protocol::Udp, port: ALWAYS, rate: 500 };
+        node.bystander = Some(Observer::start(stream)?);
+        Ok(node)
     }
 
-    /// Applies policies; gives those that allow less than they say.
+    /// Nobody who has nothing to do with it has noticed.
+    fn end(mut self) -> Result<()> {
+        let trace = self.bystander.take().context("it is watched")?.stop()?;
+        let lost = trace.runs(Which::Lost);
+        ensure!(lost.is_empty(), "packets of another policy are lost: {lost:?}");
+        ensure!(trace.sent.len() > 100, "hardly any packet was sent");
+        Ok(())
+    }
+
+    /// Another process goes on with the node.
+    fn restart(&mut self) -> Result<()> {
+        self.backend = start(self.stage.node())?;
+        Ok(())
+    }
+
+    /// Applies policies, and one with a network of its own; gives those that allow less than they say.
     fn apply(&mut self, policies: &[String]) -> Result<Vec<PolicyKey>> {
-        let goal = compile(&world(&policies.concat())?, "node-a").0;
+        let ports = format!("ports: [{{protocol: UDP, port: {ALWAYS}}}], ");
+        let bystander = policy("always", "b", &ports) + "{ipBlock: {cidr: 10.241.0.0/30}}]}]}}\n---\n";
+        let goal = compile(&world(&(bystander + &policies.concat()))?, "node-a").0;
         let backend = &mut self.backend;
         let applied = self.stage.node().run(|| Ok(backend.apply(&goal)?))?;
         applied.degraded.iter().for_each(|degraded| println!("{degraded:?}"));
@@ -131,7 +164,7 @@ impl From<&str> for Source {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        let Self { stage, backend } = self;
+        let Self { stage, backend, bystander: _ } = self;
         if let Err(error) = stage.node().run(|| Ok(backend.remove()?)) {
             eprintln!("pins are left behind: {error:#}");
         }
@@ -163,18 +196,23 @@ fn too_many_networks_of_one_policy_stop_no_other() -> Result<()> {
     ensure!(node.verify()? == is("one"));
     ensure!(!node.allows(outside(20, 5, 2), A, 9)? && node.allows(A, B, 82)?);
 
-    // A policy that has changed is tried again, and so is all when there may be room.
+    // It is the same whatever came before.
+    node.restart()?;
+    ensure!(node.apply(&[one.clone(), two.clone(), port(82)])? == is("one"));
+    ensure!(!node.allows(outside(20, 5, 2), A, 9)? && node.allows(A, B, 82)?);
+
+    // When policies change there may be room.
     let less = networks("one", 20, 10);
     ensure!(node.apply(&[less, two.clone(), port(82)])?.is_empty());
     ensure!(node.allows(outside(20, 5, 2), A, 9)? && node.allows(outside(30, 5, 2), A, 9)?);
     ensure!(node.apply(&[one.clone(), two, port(82)])? == is("one"));
-    node.apply(&[one.clone(), port(82)])?;
+    ensure!(node.apply(&[one, port(82)])?.is_empty());
     ensure!(node.verify()?.is_empty() && node.allows(outside(20, 5, 2), A, 9)?);
 
     // What fits, but not beside what was there before, is whole at once.
     ensure!(node.apply(&[networks("one", 40, NETWORKS), port(82)])?.is_empty());
     ensure!(node.allows(outside(40, 5, 2), A, 9)? && !node.allows(outside(20, 5, 2), A, 9)?);
-    Ok(())
+    node.end()
 }
 
 #[test]
@@ -190,5 +228,5 @@ fn too_many_peers_of_one_policy_stop_no_other() -> Result<()> {
     ensure!(node.allows(A, B, 81)? && !node.allows(A, B, 80)? && !node.allows(B, A, 9)?);
     ensure!(node.apply(&[small, port(80)])?.is_empty());
     ensure!(node.allows(A, B, 80)? && !node.allows(A, B, 81)?);
-    Ok(())
+    node.end()
 }

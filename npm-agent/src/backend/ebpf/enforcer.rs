@@ -262,51 +262,72 @@ impl Ebpf {
         self.fill.replace(stores);
     }
 
-    /// Fills the maps with a goal, or with as much of it as they hold. It always isolates whoever the goal does.
+    /// Fills the maps with a goal, or with as much of it as they hold.
     ///
     /// # Errors
-    /// The maps could not be written; or they can't hold even what isolates.
+    /// The maps could not be written; or they hold it whatever is left out, and then as [`Ebpf::fill`].
     fn fit(&mut self, goal: &Goal) -> Result<Writes, KernelError> {
-        self.shed.keep_for(goal);
-        let before = self.shed.clone();
-        let writes = self.fit_less(goal)?;
-        if self.shed == before {
-            return Ok(writes);
-        }
-        // It may have lacked room beside what was in use before, which is free now.
-        self.shed = before;
-        let more = self.fit_less(goal)?;
-        Ok(Writes { entries: writes.entries + more.entries, waits: writes.waits + more.waits })
-    }
-
-    /// Leaves out more of the goal until the rest fits.
-    fn fit_less(&mut self, goal: &Goal) -> Result<Writes, KernelError> {
-        let mut round = 0;
-        loop {
-            match self.fill(&self.shed.reduce(goal).into_owned()) {
-                Err(KernelError::Apply(error)) if self.shed.more(goal, &error, round) => round += 1,
+        let before = self.shed.reduce(goal);
+        let has_same_policies = || self.goal.as_ref().is_some_and(|known| known.programs == goal.programs);
+        // While nothing has to be left out nobody looks for what would have to be. Wider programs are loaded for what fits only.
+        let is_tried =
+            (self.shed.is_empty() || has_same_policies()) && self.maps.width().surely_holds(&before);
+        if is_tried {
+            match self.fill(&before) {
+                Err(KernelError::Apply(ApplyError::Lower(_) | ApplyError::Full(_))) => {}
                 outcome => return outcome,
             }
+        }
+        let shed = match Shed::of(goal) {
+            Ok(shed) => shed,
+            // It isolates.
+            Err(_) => return self.fill(goal),
+        };
+        self.leave_out(goal, shed)
+    }
+
+    /// Fills the maps with a goal but for what is left out of it.
+    ///
+    /// # Errors
+    /// The maps could not be written.
+    fn leave_out(&mut self, goal: &Goal, shed: Shed) -> Result<Writes, KernelError> {
+        let unfit = match self.fill(&shed.reduce(goal)) {
+            Err(error @ KernelError::Apply(ApplyError::Lower(_) | ApplyError::Full(_))) => error,
+            outcome => {
+                let writes = outcome?;
+                self.shed = shed;
+                return Ok(writes);
+            }
+        };
+        // It fits, but not beside what it replaces: first that goes, then the rest comes.
+        let Some(known) = &self.goal else { return Err(unfit) };
+        let in_force = self.shed.reduce(known).into_owned();
+        let less = shed.and_what_differs(goal, &in_force);
+        let mut writes = self.fill(&less.reduce(goal))?;
+        self.shed = less;
+        match self.fill(&shed.reduce(goal)) {
+            Ok(more) => {
+                self.shed = shed;
+                writes.entries += more.entries;
+                writes.waits += more.waits;
+                Ok(writes)
+            }
+            // The next read-back tries again.
+            Err(KernelError::Apply(ApplyError::Lower(_) | ApplyError::Full(_))) => Ok(writes),
+            Err(error) => Err(error),
         }
     }
 
     /// Fills the maps with a goal, wider ones if need be.
     ///
     /// # Errors
-    /// It does not fit: then whoever it isolates, and was not isolated, is denied everything. Or maps could not be written.
+    /// It does not fit: then whoever it isolates, and was not isolated, is denied everything, unless there is not even room for
+    /// that. Or maps could not be written.
     fn fill(&mut self, goal: &Goal) -> Result<Writes, KernelError> {
-        if self.maps.width().surely_holds(goal) {
-            return Ok(self.maps.apply(goal)?);
-        }
-        let needed = match Width::needed(goal) {
-            Ok(needed) => needed,
-            // It isolates; and says what is too much even for the wide ones.
-            Err(too_much) => match self.maps.apply(goal) {
-                Err(ApplyError::Lower(_)) => return Err(ApplyError::Lower(too_much).into()),
-                outcome => return Ok(outcome?),
-            },
-        };
-        if needed > self.maps.width() {
+        let is_as_wide = self.maps.width().surely_holds(goal);
+        // What fits nowhere is refused by the maps.
+        let needed = if is_as_wide { None } else { Width::needed(goal).ok() };
+        if let Some(needed) = needed.filter(|needed| *needed > self.maps.width()) {
             match self.widen(goal, needed) {
                 Ok(writes) => return Ok(writes),
                 Err(error) => {
@@ -319,21 +340,17 @@ impl Ebpf {
         Ok(self.maps.apply(goal)?)
     }
 
-    /// Tries again what was left out: there may be room by now.
+    /// Leaves out what has to be by now: there may be room for more, or for less.
     ///
     /// # Errors
     /// The maps could not be written.
-    fn try_whole(&mut self, goal: &Goal) -> Result<usize, KernelError> {
+    fn fit_anew(&mut self, goal: &Goal) -> Result<usize, KernelError> {
         if self.shed.is_empty() {
             return Ok(0);
         }
-        match self.fill(goal) {
-            Ok(writes) => {
-                self.shed = Shed::default();
-                Ok(writes.entries)
-            }
-            Err(KernelError::Apply(ApplyError::Lower(_) | ApplyError::Full(_))) => Ok(0),
-            Err(error) => Err(error),
+        match Shed::of(goal) {
+            Ok(shed) if shed != self.shed => Ok(self.leave_out(goal, shed)?.entries),
+            Ok(_) | Err(_) => Ok(0),
         }
     }
 
@@ -450,7 +467,7 @@ impl Backend for Ebpf {
         }
         self.inherited = false;
         if let Some((log, _)) = &self.log {
-            log.enforced(goal);
+            log.enforced(&self.shed.reduce(goal));
         }
         if self.goal.replace(goal.clone()).is_none() {
             self.look_how_full();
@@ -468,14 +485,15 @@ impl Backend for Ebpf {
 
     fn verify(&mut self) -> Result<Applied, BackendError> {
         let (tracked, attached) = (self.track(), self.attach());
-        let (mut drift, mut set_writes) = (Vec::new(), 0);
+        let (mut drift, mut set_writes, mut anew) = (Vec::new(), 0, Ok(0));
         if let Some(goal) = self.goal.clone() {
             let (writes, changed) = self.maps.verify(&self.shed.reduce(&goal)).map_err(KernelError::from)?;
-            set_writes = writes.entries + self.try_whole(&goal)?;
-            if set_writes > 0 {
+            set_writes = writes.entries;
+            drift.extend(changed);
+            anew = self.fit_anew(&goal);
+            if set_writes > 0 || !matches!(anew, Ok(0)) {
                 self.policies_changed();
             }
-            drift.extend(changed);
             if self.datapath.mode()? != Mode::Enforce {
                 self.datapath.set_mode(Mode::Enforce)?;
                 drift.push("the eBPF program was set not to drop".to_owned());
@@ -487,6 +505,7 @@ impl Backend for Ebpf {
             tracing::warn!(line, "somebody changed what is enforced");
         }
         let rule_writes = attached?;
+        set_writes += anew?;
         self.supersede();
         drift.extend(tracked?);
         Ok(Applied { set_writes, rule_writes, drift, degraded: self.shed.degraded() })

@@ -1,29 +1,26 @@
 //! Policies of which the maps can't hold what they allow: they isolate and allow nothing, so that all others go on.
 //!
 //! One policy can name more networks than a map has room for, and its author is not the one who is paged. What is left out is
-//! that of the policies that need the most of what is scarce.
+//! that of the policies that need the most of what is scarce. It is found by planning for maps that are empty: it depends on the
+//! goal alone, so it is the same after a restart, and no packet sees how it was found.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
+use npm_common::layout::{NARROW_WORDS, WIDE_WORDS};
 use npm_policy::goal::{Clause, Goal, PeerMatch, PortMatch, Program, Set, SetKey};
 use npm_policy::model::PolicyKey;
 
-use super::lower::LowerError;
-use super::maps::ApplyError;
-use super::plan::{Full, MapName};
+use super::held::{Held, Limits};
+use super::lower::{LowerError, lower, named_by};
+use super::lowering::Unfit;
+use super::plan::{Full, MapName, plan};
+use super::width::Width;
 use crate::backend::Degraded;
 
-/// What is left out.
+/// What is left out, and why.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
-pub struct Shed(BTreeMap<PolicyKey, Left>);
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Left {
-    program: Arc<Program>,
-    reason: String,
-}
+pub struct Shed(BTreeMap<PolicyKey, String>);
 
 /// What there is too little of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +32,22 @@ enum Scarce {
 }
 
 impl Shed {
+    /// What has to be left out of a goal.
+    ///
+    /// # Errors
+    /// It does not fit whatever is left out.
+    pub fn of(goal: &Goal) -> Result<Self, Unfit> {
+        let mut shed = Self::default();
+        let mut round = 0;
+        while let Err(error) = fits(&shed.reduce(goal)) {
+            if !shed.more(goal, &error, round) {
+                return Err(error);
+            }
+            round += 1;
+        }
+        Ok(shed)
+    }
+
     /// Whether nothing is left out.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -42,20 +55,24 @@ impl Shed {
 
     /// The policies that allow less than they say.
     pub fn degraded(&self) -> Vec<Degraded> {
-        let line = |(policy, left): (&PolicyKey, &Left)| Degraded {
+        let line = |(policy, reason): (&PolicyKey, &String)| Degraded {
             policy: policy.clone(),
-            reason: format!("what it allows is left out: {}", left.reason),
+            reason: format!("what it allows is left out: {reason}"),
         };
         self.0.iter().map(line).collect()
     }
 
-    /// Gives policies that have changed another chance, and forgets those that are gone.
-    pub fn keep_for(&mut self, goal: &Goal) {
-        self.0.retain(|policy, left| {
-            goal.programs
-                .get(policy)
-                .is_some_and(|program| Arc::ptr_eq(program, &left.program) || *program == left.program)
-        });
+    /// The same, and every policy that is not in force as it is: what is in force needs no room beside itself.
+    pub fn and_what_differs(&self, goal: &Goal, in_force: &Goal) -> Self {
+        let mut shed = self.clone();
+        for (policy, program) in &goal.programs {
+            if in_force.programs.get(policy) != Some(program) {
+                let reason =
+                    || "it has changed, and there is no room beside what was there before".to_owned();
+                shed.0.entry(policy.clone()).or_insert_with(reason);
+            }
+        }
+        shed
     }
 
     /// The goal without what is left out: it isolates whoever the goal does, and allows nothing that the goal does not.
@@ -64,22 +81,24 @@ impl Shed {
             return Cow::Borrowed(goal);
         }
         let mut reduced = goal.clone();
+        // Sets of what is left out, as long as nobody else names them.
+        let mut unnamed = BTreeSet::new();
         for policy in self.0.keys() {
-            if let Some(program) = reduced.programs.get_mut(policy) {
-                let Program { subjects, ingress, egress } = &**program;
-                let nothing = |clauses: &Option<Vec<Clause>>| clauses.as_ref().map(|_| Vec::new());
-                let (ingress, egress) = (nothing(ingress), nothing(egress));
-                *program = Arc::new(Program { subjects: subjects.clone(), ingress, egress });
-            }
+            let Some(program) = goal.programs.get(policy) else { continue };
+            unnamed.extend(named(program));
+            let Program { subjects, ingress, egress } = &**program;
+            let nothing = |clauses: &Option<Vec<Clause>>| clauses.as_ref().map(|_| Vec::new());
+            let (ingress, egress) = (nothing(ingress), nothing(egress));
+            let empty = Program { subjects: subjects.clone(), ingress, egress };
+            reduced.programs.insert(policy.clone(), empty.into());
         }
-        let mut unnamed: BTreeSet<SetKey> = reduced.sets.keys().cloned().collect();
         for program in reduced.programs.values() {
             unnamed.remove(&program.subjects);
             for key in named(program) {
                 unnamed.remove(key);
             }
         }
-        for key in &unnamed {
+        for key in unnamed {
             reduced.sets.remove(key);
         }
         Cow::Owned(reduced)
@@ -87,34 +106,50 @@ impl Shed {
 
     /// Leaves out more, because the goal without what is left out already did not fit. Each round takes twice as much as the
     /// one before: what policies share is not free before the last of them goes. `false`: nothing more can be left out.
-    pub fn more(&mut self, goal: &Goal, error: &ApplyError, round: u32) -> bool {
+    pub fn more(&mut self, goal: &Goal, error: &Unfit, round: u32) -> bool {
         let (scarce, excess) = match error {
-            ApplyError::Lower(LowerError::Peers { needed, available }) => {
+            Unfit::Lower(LowerError::Peers { needed, available }) => {
                 (Scarce::Bits, needed.saturating_sub(*available))
             }
-            ApplyError::Full(Full { map, wanted, limit, in_use: _ }) => {
+            Unfit::Full(Full { map, wanted, limit, in_use: _ }) => {
                 (Scarce::Entries(*map), wanted.saturating_sub(*limit as usize))
             }
-            ApplyError::Maps(_) => return false,
         };
         let mut excess = excess.max(1).saturating_mul(1 << round.min(16));
         let left = goal.programs.iter().filter(|(policy, _)| !self.0.contains_key(policy));
-        let mut needs: Vec<(usize, &PolicyKey, &Arc<Program>)> = left
-            .map(|(policy, program)| (need(program, goal, scarce), policy, program))
-            .filter(|(need, _, _)| *need > 0)
+        let mut needs: Vec<(usize, &PolicyKey)> = left
+            .map(|(policy, program)| (need(program, goal, scarce), policy))
+            .filter(|(need, _)| *need > 0)
             .collect();
         // The most first; of equals the first by name, everywhere and every time.
         needs.sort_by(|one, other| other.0.cmp(&one.0).then(one.1.cmp(other.1)));
         let is_less = !needs.is_empty();
-        for (need, policy, program) in needs {
-            let left = Left { program: Arc::clone(program), reason: error.to_string() };
-            self.0.insert(policy.clone(), left);
+        let reason = match error {
+            Unfit::Lower(error) => error.to_string(),
+            Unfit::Full(Full { map, wanted, limit, in_use: _ }) => {
+                format!("the eBPF map of {map} takes {limit} entries, and {wanted} are wanted")
+            }
+        };
+        for (need, policy) in needs {
+            self.0.insert(policy.clone(), reason.clone());
             excess = excess.saturating_sub(need);
             if excess == 0 {
                 break;
             }
         }
         is_less
+    }
+}
+
+/// Whether empty maps can hold a goal.
+fn fits(goal: &Goal) -> Result<(), Unfit> {
+    fn fits_into<const W: usize>(goal: &Goal) -> Result<(), Unfit> {
+        plan(&Held::<W>::default(), &lower::<W>(goal)?, &Limits::OBJECT)?;
+        Ok(())
+    }
+    match Width::needed(goal)? {
+        Width::Narrow => fits_into::<NARROW_WORDS>(goal),
+        Width::Wide => fits_into::<WIDE_WORDS>(goal),
     }
 }
 
@@ -144,9 +179,8 @@ fn need(program: &Program, goal: &Goal, scarce: Scarce) -> usize {
         let sets = named(program).into_iter().filter(|key| kind(key)).filter_map(|key| goal.sets.get(key));
         sets.map(|Set { v4, v6 }| v4.len() + v6.len()).sum()
     };
-    let is_peer = |key: &SetKey| matches!(key, SetKey::Pods(_) | SetKey::Block(_));
     match scarce {
-        Scarce::Bits => named(program).into_iter().filter(|key| is_peer(key)).count(),
+        Scarce::Bits => named_by(program).len(),
         Scarce::Entries(MapName::Records) => members(|key| matches!(key, SetKey::Pods(_))),
         Scarce::Entries(MapName::Networks) => members(|key| matches!(key, SetKey::Block(_))),
         Scarce::Entries(MapName::Pairs) => members(|key| matches!(key, SetKey::Ports { .. })),
