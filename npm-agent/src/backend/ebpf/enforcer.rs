@@ -85,6 +85,8 @@ pub struct Ebpf {
     is_renewed: bool,
     /// What the maps can't hold of the goal.
     shed: Shed,
+    /// What they were filled with last, as far as this process knows.
+    in_force: Goal,
     /// When the rules that track connections, and the interfaces, were last looked at.
     looked: Option<Instant>,
 }
@@ -141,6 +143,7 @@ impl Ebpf {
             is_alone: false,
             is_renewed: true,
             shed: Shed::default(),
+            in_force: Goal::default(),
             looked: None,
         };
         if inherited {
@@ -270,9 +273,7 @@ impl Ebpf {
         let before = self.shed.reduce(goal);
         let has_same_policies = || self.goal.as_ref().is_some_and(|known| known.programs == goal.programs);
         // While nothing has to be left out nobody looks for what would have to be. Wider programs are loaded for what fits only.
-        let is_tried =
-            (self.shed.is_empty() || has_same_policies()) && self.maps.width().surely_holds(&before);
-        if is_tried {
+        if (self.shed.is_empty() || has_same_policies()) && self.wider(&before).is_none() {
             match self.fill(&before) {
                 Err(KernelError::Apply(ApplyError::Lower(_) | ApplyError::Full(_))) => {}
                 outcome => return outcome,
@@ -291,18 +292,16 @@ impl Ebpf {
     /// # Errors
     /// The maps could not be written.
     fn leave_out(&mut self, goal: &Goal, shed: Shed) -> Result<Writes, KernelError> {
-        let unfit = match self.fill(&shed.reduce(goal)) {
-            Err(error @ KernelError::Apply(ApplyError::Lower(_) | ApplyError::Full(_))) => error,
+        match self.fill(&shed.reduce(goal)) {
+            Err(KernelError::Apply(ApplyError::Lower(_) | ApplyError::Full(_))) => {}
             outcome => {
                 let writes = outcome?;
                 self.shed = shed;
                 return Ok(writes);
             }
-        };
+        }
         // It fits, but not beside what it replaces: first that goes, then the rest comes.
-        let Some(known) = &self.goal else { return Err(unfit) };
-        let in_force = self.shed.reduce(known).into_owned();
-        let less = shed.and_what_differs(goal, &in_force);
+        let less = shed.and_what_differs(goal, &self.in_force);
         let mut writes = self.fill(&less.reduce(goal))?;
         self.shed = less;
         match self.fill(&shed.reduce(goal)) {
@@ -324,20 +323,29 @@ impl Ebpf {
     /// It does not fit: then whoever it isolates, and was not isolated, is denied everything, unless there is not even room for
     /// that. Or maps could not be written.
     fn fill(&mut self, goal: &Goal) -> Result<Writes, KernelError> {
-        let is_as_wide = self.maps.width().surely_holds(goal);
-        // What fits nowhere is refused by the maps.
-        let needed = if is_as_wide { None } else { Width::needed(goal).ok() };
-        if let Some(needed) = needed.filter(|needed| *needed > self.maps.width()) {
-            match self.widen(goal, needed) {
-                Ok(writes) => return Ok(writes),
-                Err(error) => {
-                    tracing::warn!(%error, "no program with wider rows");
-                    self.looked = None;
-                    // What is in force can't hold the goal either: it denies whoever is to be isolated and is not yet.
-                }
+        let widened = self.wider(goal).and_then(|needed| match self.widen(goal, needed) {
+            Ok(writes) => Some(writes),
+            Err(error) => {
+                tracing::warn!(%error, "no program with wider rows");
+                self.looked = None;
+                // What is in force can't hold the goal either: it denies whoever is to be isolated and is not yet.
+                None
             }
+        });
+        let writes = match widened {
+            Some(writes) => writes,
+            None => self.maps.apply(goal)?,
+        };
+        self.in_force = goal.clone();
+        Ok(writes)
+    }
+
+    /// The width that a goal needs, if that is a greater one; what fits nowhere is refused by the maps.
+    fn wider(&self, goal: &Goal) -> Option<Width> {
+        if self.maps.width().surely_holds(goal) {
+            return None;
         }
-        Ok(self.maps.apply(goal)?)
+        Width::needed(goal).ok().filter(|needed| *needed > self.maps.width())
     }
 
     /// Leaves out what has to be by now: there may be room for more, or for less.
