@@ -15,6 +15,10 @@ use crate::{kubernetes, random};
 /// The resources that are watched.
 const PLURALS: [&str; 3] = ["namespaces", "networkpolicies", "pods"];
 
+/// How many requests may be about to fail: with the agent's pauses (0.2 s, doubled up to 30 s) a watch that meets all is back
+/// within half a minute.
+const MOST_PLANTED: u32 = 4;
+
 /// The seed of a run: `NPM_SEED`, or the time.
 ///
 /// # Panics
@@ -151,7 +155,10 @@ impl Chaos {
                 let fault = faults[self.below(faults.len())].clone();
                 let on = [On::Any, On::List, On::Watch, On::StreamingList][self.below(4)];
                 let times = 1 + self.below(2) as u32;
-                server.faults().plant(on, plural, times, fault);
+                // One watch may meet all of them, and waits twice as long after each.
+                if server.faults().planted() + times <= MOST_PLANTED {
+                    server.faults().plant(on, plural, times, fault);
+                }
                 server.faults().disturb(plural, Disturbance::Cut);
             }
             _ => {

@@ -95,6 +95,11 @@ impl Faults {
         rules.push(Rule { on, plural, left: times, fault });
     }
 
+    /// How many requests are still to fail.
+    pub fn planted(&self) -> u32 {
+        self.rules.lock().unwrap_or_else(PoisonError::into_inner).iter().map(|rule| rule.left).sum()
+    }
+
     /// Takes back what was planted and has not happened.
     pub fn clear(&self) {
         self.rules.lock().unwrap_or_else(PoisonError::into_inner).clear();
