@@ -163,11 +163,14 @@ impl Conntrack {
     /// # Errors
     /// The kernel did not answer as it should.
     pub fn entry(&mut self, tuple: &Tuple) -> Result<Option<Entry>, ConntrackError> {
-        let read = |bytes: &[u8]| Entry::read(bytes).or(Err(ConntrackError::Malformed));
-        let found =
-            self.socket.ask(Ask::Show, wire::ENTRY, Some(tuple.source), |out| tuple.write(out), read)?;
         // The kernel finds entries by either direction.
-        Ok(found.filter(|entry| entry.original == *tuple))
+        Ok(self.found_by(tuple)?.filter(|entry| entry.original == *tuple))
+    }
+
+    /// The entry of which either direction is this tuple.
+    fn found_by(&mut self, tuple: &Tuple) -> Result<Option<Entry>, ConntrackError> {
+        let read = |bytes: &[u8]| Entry::read(bytes).or(Err(ConntrackError::Malformed));
+        self.socket.ask(Ask::Show, wire::ENTRY, Some(tuple.source), |out| tuple.write(out), read)
     }
 
     /// Whether there is an entry that is found by this tuple and whose original direction is `the_one`: a kernel that does not
@@ -176,10 +179,7 @@ impl Conntrack {
     /// # Errors
     /// The kernel did not answer as it should.
     pub fn has(&mut self, tuple: &Tuple, the_one: impl Fn(&Tuple) -> bool) -> Result<bool, ConntrackError> {
-        let read = |bytes: &[u8]| Entry::read(bytes).or(Err(ConntrackError::Malformed));
-        let found =
-            self.socket.ask(Ask::Show, wire::ENTRY, Some(tuple.source), |out| tuple.write(out), read)?;
-        Ok(found.is_some_and(|entry| the_one(&entry.original)))
+        Ok(self.found_by(tuple)?.is_some_and(|entry| the_one(&entry.original)))
     }
 
     /// Sets `bit` in the mark of every entry that lacks it, and changes no other bit. Gives how many entries it was. Entries

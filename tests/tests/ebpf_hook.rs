@@ -13,11 +13,8 @@ use aya::maps::MapData;
 use aya::programs::{SchedClassifier, TcAttachType};
 use npm_agent::backend::Backend;
 use npm_agent::backend::ebpf::choice::Choice;
-use npm_agent::backend::ebpf::enforcer::{Ebpf, Options};
-use npm_agent::exec::Tools;
-use npm_agent::interfaces::select::Selection;
+use npm_agent::backend::ebpf::enforcer::Ebpf;
 use npm_common::layout::{MAX_PROOFS, SCHEMA};
-use npm_common::mark::ProofBit;
 use npm_policy::compile::compile;
 use npm_policy::flow::Transport;
 use npm_policy::goal::Goal;
@@ -28,18 +25,10 @@ use npm_tests::lab::probe::{Outcome, Probe};
 use npm_tests::lab::require_root;
 use npm_tests::lab::service::Dialect;
 use npm_tests::pair::{CLOSED, Stage, world};
-use npm_tests::scenario::enforcer::{Means, tracking};
+use npm_tests::scenario::enforcer::{Means, ebpf};
 
 fn start(node: &Netns, choice: &str) -> Result<Ebpf> {
-    let options = Options {
-        instance: node.name().to_owned(),
-        choice: choice.parse()?,
-        iptables: tracking(Dialect::Nft),
-        tools: Tools::default(),
-        selection: Selection::default(),
-        proof: ProofBit::DEFAULT,
-    };
-    node.run(|| Ok(Ebpf::new(options)?))
+    ebpf(node, choice.parse()?, Dialect::Nft)
 }
 
 fn pins(node: &Netns) -> PathBuf {

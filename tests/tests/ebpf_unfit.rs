@@ -7,11 +7,8 @@ use std::net::IpAddr;
 use anyhow::{Context, Result, ensure};
 use npm_agent::backend::Backend;
 use npm_agent::backend::ebpf::choice::Choice;
-use npm_agent::backend::ebpf::enforcer::{Ebpf, Options};
-use npm_agent::exec::Tools;
-use npm_agent::interfaces::select::Selection;
+use npm_agent::backend::ebpf::enforcer::Ebpf;
 use npm_common::layout::MAX_NETWORKS;
-use npm_common::mark::ProofBit;
 use npm_policy::compile::compile;
 use npm_policy::flow::{Decision, Flow, Transport};
 use npm_policy::model::{PolicyKey, Protocol};
@@ -20,7 +17,7 @@ use npm_tests::lab::observer::{self, End, Observer, Stream, Which};
 use npm_tests::lab::require_root;
 use npm_tests::lab::service::Dialect;
 use npm_tests::pair::{Stage, world};
-use npm_tests::scenario::enforcer::{Means, tracking};
+use npm_tests::scenario::enforcer::{Means, ebpf};
 
 const A: &str = "10.241.0.2";
 const B: &str = "10.241.0.3";
@@ -66,15 +63,7 @@ fn outside(network: u8, number: u32, last: u8) -> IpAddr {
 }
 
 fn start(node: &Netns) -> Result<Ebpf> {
-    let options = Options {
-        instance: node.name().to_owned(),
-        choice: Choice::default(),
-        iptables: tracking(Dialect::Nft),
-        tools: Tools::default(),
-        selection: Selection::default(),
-        proof: ProofBit::DEFAULT,
-    };
-    node.run(|| Ok(Ebpf::new(options)?))
+    ebpf(node, Choice::default(), Dialect::Nft)
 }
 
 /// The agent's backend on a node with both pods.

@@ -111,15 +111,7 @@ impl Enforcer {
                 Ok(Self::Backend { netns: netns.clone(), node: node.to_owned(), backend })
             }
             Means::Ebpf(choice) => {
-                let options = EbpfOptions {
-                    instance: netns.name().to_owned(),
-                    choice,
-                    iptables: tracking(dialect),
-                    tools: Tools::default(),
-                    selection: Selection::default(),
-                    proof: ProofBit::DEFAULT,
-                };
-                let backend = netns.run(|| Ok(Box::new(Ebpf::new(options)?)))?;
+                let backend = Box::new(ebpf(netns, choice, dialect)?);
                 Ok(Self::Ebpf { netns: netns.clone(), node: node.to_owned(), backend })
             }
             Means::Agent | Means::EbpfAgent => {
@@ -210,6 +202,22 @@ impl Enforcer {
             Self::Agent { agent, .. } => agent.log(),
         }
     }
+}
+
+/// The eBPF backend on a node, under the name of its namespace.
+///
+/// # Errors
+/// It can't be started.
+pub fn ebpf(netns: &Netns, choice: Choice, dialect: Dialect) -> Result<Ebpf> {
+    let options = EbpfOptions {
+        instance: netns.name().to_owned(),
+        choice,
+        iptables: tracking(dialect),
+        tools: Tools::default(),
+        selection: Selection::default(),
+        proof: ProofBit::DEFAULT,
+    };
+    netns.run(|| Ok(Ebpf::new(options)?))
 }
 
 fn variant(dialect: Dialect) -> Variant {

@@ -268,7 +268,7 @@ impl Ebpf {
     /// Fills the maps with a goal, or with as much of it as they hold.
     ///
     /// # Errors
-    /// The maps could not be written; or they hold it whatever is left out, and then as [`Ebpf::fill`].
+    /// The maps could not be written; or they can't hold it whatever is left out, and then it is as with [`Ebpf::fill`].
     fn fit(&mut self, goal: &Goal) -> Result<Writes, KernelError> {
         let before = self.shed.reduce(goal);
         let has_same_policies = || self.goal.as_ref().is_some_and(|known| known.programs == goal.programs);

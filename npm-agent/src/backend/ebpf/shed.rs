@@ -2,7 +2,7 @@
 //!
 //! One policy can name more networks than a map has room for, and its author is not the one who is paged. What is left out is
 //! that of the policies that need the most of what is scarce. It is found by planning for maps that are empty: it depends on the
-//! goal alone, so it is the same after a restart, and no packet sees how it was found.
+//! goal alone, so it is the same after a restart, and what is in force stays so while it is looked for.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
