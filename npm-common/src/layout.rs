@@ -85,9 +85,9 @@ pub fn set_bit<const W: usize>(bits: &mut Bits<W>, bit: usize) -> bool {
 }
 
 /// An address of one family as a map's key: bytes in network order.
-pub trait Address: Copy + Ord + Debug + 'static {
+pub trait Address: Copy + Default + Ord + Debug + 'static {
     /// The key of (address, protocol, port): the address, the port in network order, the protocol, a zero.
-    type Pair: Copy + Ord + Debug + 'static;
+    type Pair: Copy + Default + Ord + Debug + 'static;
 
     /// Bits of an address.
     const BITS: u32;
@@ -212,7 +212,7 @@ impl Known {
 
 /// What a place holds.
 #[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Record<A> {
     /// Whose it is.
     pub address: A,
@@ -224,7 +224,7 @@ const _: () = assert!(size_of::<Record<V4>>() == 36 && size_of::<Record<V6>>() =
 
 /// What a pair's place holds.
 #[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PairRecord<P> {
     /// Whose it is.
     pub pair: P,

@@ -205,6 +205,11 @@ impl Lab {
         self.responder.listen(wanted)
     }
 
+    /// Endpoints hear and answer nothing from here on: where packets are timed, being heard would be most of the time.
+    pub fn stop_listening(&mut self) {
+        self.responder.stop();
+    }
+
     /// Tries all these connections at once and tells what became of each, in order.
     ///
     /// # Errors

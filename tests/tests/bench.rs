@@ -5,27 +5,23 @@
 use anyhow::{Context, Result, ensure};
 use npm_agent::backend::Backend;
 use npm_agent::backend::ebpf::choice::{Choice, Hook};
-use npm_agent::backend::ebpf::enforcer::{Ebpf, Options as EbpfOptions};
+use npm_agent::backend::ebpf::enforcer::Ebpf;
 use npm_agent::backend::ebpf::held::Limits;
 use npm_agent::backend::ebpf::lower::{Lowered, lower};
 use npm_agent::backend::ebpf::plan::filled;
 use npm_agent::backend::iptables::variant::Variant;
 use npm_agent::backend::iptables::{Iptables, Options};
-use npm_agent::exec::Tools;
-use npm_agent::interfaces::select::Selection;
-use npm_common::mark::ProofBit;
 use npm_policy::flow::{Flow, Transport};
 use npm_policy::goal::Family;
 use npm_policy::model::Protocol;
 use npm_tests::bench::cluster::Cluster;
 use npm_tests::bench::control::{self, Plan};
-use npm_tests::bench::established::established_times;
-use npm_tests::bench::lane::{Lane, measure};
+use npm_tests::bench::established::{established_times, options, pinned};
+use npm_tests::bench::lane::{Course, Lane, measure};
 use npm_tests::bench::world::{BenchWorld, Kind, Size, all_flows};
 use npm_tests::lab::require_root;
 use npm_tests::lab::service::Dialect;
 use npm_tests::opinions::plain;
-use npm_tests::scenario::enforcer::tracking;
 
 /// Making it checks that no two policies are alike and that the peers are many.
 #[test]
@@ -70,23 +66,27 @@ fn lanes_pass_hits_and_drop_misses() -> Result<()> {
     }
     let world = BenchWorld::make(Size { policies: 20, other_pods: 500 })?;
     let mut filtered = Lane::open("iptables", Dialect::Nft)?;
-    let options = Options { variant: Some(Variant::Nft), ..Options::default() };
+    let variant = Options { variant: Some(Variant::Nft), ..Options::default() };
     filtered
-        .enforce(|| -> Result<Box<dyn Backend>> { Ok(Box::new(Iptables::new(options)?)) }, &world.goal)?;
+        .enforce(|| -> Result<Box<dyn Backend>> { Ok(Box::new(Iptables::new(variant)?)) }, &world.goal)?;
     let mut judged = Lane::open("eBPF", Dialect::Nft)?;
-    let options = EbpfOptions {
-        instance: format!("bench-{}", std::process::id()),
-        choice: Choice::default(),
-        iptables: tracking(Dialect::Nft),
-        tools: Tools::default(),
-        selection: Selection::default(),
-        proof: ProofBit::DEFAULT,
-    };
+    let options = options(Choice::default());
+    let program = pinned(&options);
     judged.enforce(|| -> Result<Box<dyn Backend>> { Ok(Box::new(Ebpf::new(options)?)) }, &world.goal)?;
-    let mut lanes = [Lane::open("no policy", Dialect::Nft)?, filtered, judged];
+    judged.watch(&program)?;
+    let mut empty = Lane::open("empty program", Dialect::Nft)?;
+    empty.put_empty()?;
+    let flows = all_flows(&world, 10, 1)?;
+    let lanes = [Lane::open("no policy", Dialect::Nft)?, empty, filtered, judged];
+    let mut courses = lanes.map(|lane| Course { lane, flows: &flows });
     // That what arrives is what should is checked batch by batch.
-    let times = measure(&mut lanes, &all_flows(&world, 10, 1)?, 1, 20)?;
-    ensure!(times.iter().all(|times| times.len() == 4), "a batch is missing: {times:?}");
+    let times = measure(&mut courses, 2, 20)?;
+    for (times, has_program) in times.iter().zip([false, true, false, true]) {
+        ensure!(times.way.len() == 4 && times.way.values().all(|times| times.len() == 2), "{times:?}");
+        let measured: Vec<f64> = times.program.values().flatten().copied().collect();
+        ensure!(measured.len() == if has_program { 8 } else { 0 }, "{times:?}");
+        ensure!(measured.iter().all(|nanoseconds| *nanoseconds > 0.0), "{times:?}");
+    }
     Ok(())
 }
 

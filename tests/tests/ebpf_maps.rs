@@ -3,7 +3,7 @@
 //! Pins are made below the BPF filesystem in a directory named for this process, and removed.
 
 use std::cell::Cell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
@@ -12,16 +12,17 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use aya::EbpfLoader;
-use aya::maps::{Array, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData};
 use npm_agent::backend::ebpf::kernel::Kernel;
 use npm_agent::backend::ebpf::maps::{Maps, NAMES, Writes};
 use npm_agent::backend::ebpf::width::Width;
-use npm_common::layout::NARROW_WORDS;
+use npm_common::layout::{NARROW_WORDS, V4};
 use npm_policy::compile::Compiler;
 use npm_policy::flow::Flow;
 use npm_policy::goal::Goal;
 use npm_policy::model::{Operator, Policy, Port, Ports, Protocol, Requirement, Rule, Selector};
 use npm_policy::world::Change;
+use npm_tests::bench::world::{BenchWorld, Size};
 use npm_tests::opinions::plain;
 use npm_tests::property::check;
 use npm_tests::random::{NODES, cluster, flows, sequence, world, world_of};
@@ -94,6 +95,47 @@ fn compiler(changes: Vec<Change>) -> Compiler {
     let mut compiler = Compiler::new(NODES[0]);
     compiler.apply(changes);
     compiler
+}
+
+/// What is written and deleted in large calls is there and gone, also where somebody has taken out a part meanwhile.
+#[test]
+fn many_elements_at_once_are_what_single_ones_are() -> Result<()> {
+    if !is_root() {
+        return Ok(());
+    }
+    let pins = Pins::new("many")?;
+    let mut maps = pins.load()?;
+    let goal = |policies| -> Result<Goal> { Ok(BenchWorld::make(Size { policies, other_pods: 3000 })?.goal) };
+    let (large, nobody) = (goal(1000)?, compiler(Vec::new()).goal());
+    let wrote = maps.apply(&large)?;
+    ensure!(wrote.entries > 10_000, "{wrote:?} is not many");
+    let held = maps.held();
+    let sizes = [
+        held.v4.places.len(),
+        held.v6.places.len(),
+        held.rows.len(),
+        held.v4.networks.len(),
+        held.v6.pairs.len(),
+    ];
+    ensure!(sizes.iter().all(|size| *size >= 100), "{sizes:?} is not many");
+    let differ = pins.adopt()?.held().differences(held);
+    ensure!(differ.is_empty(), "something else was written than meant: {differ:?}");
+    // Read one by one.
+    let mut places = places_of(&pins)?;
+    let single: BTreeMap<V4, u32> = places.iter().collect::<Result<_, _>>()?;
+    ensure!(single == held.v4.places, "something else was written than meant");
+
+    let some: Vec<V4> = single.keys().copied().step_by(7).collect();
+    some.iter().try_for_each(|address| places.remove(address))?;
+    maps.apply(&nobody)?;
+    ensure!(maps.is_empty() && places_of(&pins)?.keys().next().is_none(), "something is left");
+    let differ = pins.adopt()?.held().differences(maps.held());
+    ensure!(differ.is_empty(), "something is left: {differ:?}");
+    Ok(())
+}
+
+fn places_of(pins: &Pins) -> Result<HashMap<MapData, V4, u32>> {
+    Ok(HashMap::try_from(Map::HashMap(MapData::from_pin(pins.0.join("PLACES_V4"))?))?)
 }
 
 /// Packets are judged by one goal or the other while the maps go from one to the other and back.

@@ -4,10 +4,9 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
-use aya::programs::tc::TcAttachOptions;
-use aya::programs::{LinkOrder, ProgramInfo, SchedClassifier, TcAttachType};
 use aya::sys::{Stats, enable_stats};
 use npm_agent::backend::Backend;
 use npm_agent::backend::ebpf::choice::Choice;
@@ -21,10 +20,9 @@ use npm_policy::flow::{Flow, Transport};
 use npm_policy::goal::Goal;
 use npm_policy::model::Protocol;
 
-use super::lane::{Clock, Lane, OUT};
+use super::lane::{Clock, Lane};
 use crate::lab::packet::{Ends, IpSender, udp};
 use crate::lab::service::Dialect;
-use crate::programs;
 use crate::scenario::enforcer::tracking;
 use crate::statistics::Statistics;
 
@@ -34,61 +32,35 @@ const PORT: u16 = 20_000;
 /// A lane with one program in the packets' way.
 struct Path {
     backend: Option<Box<Ebpf>>,
-    /// Keeps the empty program.
-    _empty: Option<aya::Ebpf>,
-    program: ProgramInfo,
     lane: Lane,
 }
 
 impl Path {
     /// Past a program that does nothing.
     fn empty() -> Result<Self> {
-        let lane = Lane::open("nothing", Dialect::Nft)?;
-        let mut object = programs::object()?;
-        let program = programs::program(&mut object, "nothing")?;
-        program.load().context("loading the empty program")?;
-        let program = lane.node()?.run(|| {
-            let first = TcAttachOptions::TcxOrder(LinkOrder::first());
-            program.attach_with_options(OUT, TcAttachType::Egress, first)?;
-            Ok(program.info()?)
-        })?;
-        Ok(Self { backend: None, _empty: Some(object), program, lane })
+        let mut lane = Lane::open("nothing", Dialect::Nft)?;
+        lane.put_empty()?;
+        Ok(Self { backend: None, lane })
     }
 
     /// Past the one that enforces a goal.
     fn enforced(choice: Choice, goal: &Goal) -> Result<Self> {
-        let lane = Lane::open("eBPF", Dialect::Nft)?;
-        let instance = format!("bench-{}-{choice}", std::process::id()).replace(',', "-");
-        let pinned = PathBuf::from(format!("/sys/fs/bpf/npm-agent/{instance}/v{SCHEMA}/program"));
-        let options = Options {
-            instance,
-            choice,
-            iptables: tracking(Dialect::Nft),
-            tools: Tools::default(),
-            selection: Selection::default(),
-            proof: ProofBit::DEFAULT,
-        };
-        let (backend, program) = lane.node()?.run(|| {
+        let mut lane = Lane::open("eBPF", Dialect::Nft)?;
+        let options = options(choice);
+        let pinned = pinned(&options);
+        let backend = lane.node()?.run(|| {
             let mut backend = Box::new(Ebpf::new(options)?);
             backend.apply(goal)?;
-            Ok((backend, SchedClassifier::from_pin(pinned)?.info()?))
+            Ok(backend)
         })?;
-        Ok(Self { backend: Some(backend), _empty: None, program, lane })
+        lane.watch(&pinned)?;
+        Ok(Self { backend: Some(backend), lane })
     }
 
     /// Packets that the program has found proven.
     fn proven(&self) -> Result<Option<u64>> {
         let Some(backend) = &self.backend else { return Ok(None) };
         Ok(backend.outcomes()?.get(&Outcome::Proven).copied())
-    }
-
-    /// Nanoseconds and runs until now.
-    fn spent(&self) -> Result<(u128, u64)> {
-        let now = aya::programs::loaded_programs()
-            .filter_map(|program| program.ok())
-            .find(|program| program.id() == self.program.id())
-            .context("the program is gone")?;
-        Ok((now.run_time().as_nanos(), now.run_count()))
     }
 
     /// The program's nanoseconds for each of so many packets of an established connection of this flow.
@@ -104,19 +76,37 @@ impl Path {
         self.lane.sender().send(&there)?;
         answer.send(&back)?;
         self.lane.sender().send(&there)?;
-        let (began, proven) = (self.spent()?, self.proven()?);
+        let (began, proven) = (self.lane.spent()?.context("no program")?, self.proven()?);
         for _ in 0..count {
             self.lane.sender().send(&there)?;
         }
-        let (nanoseconds, runs) = self.spent()?;
-        let runs = runs - began.1;
+        let spent = self.lane.spent()?.context("no program")?.since(began);
+        let runs = spent.runs;
         // Neighbour discovery and its likes go there too, a few.
         ensure!((count.into()..=u64::from(count) + 10).contains(&runs), "{runs} runs for {count} packets");
         if let (Some(before), Some(now)) = (proven, self.proven()?) {
             ensure!(now - before == u64::from(count), "{} of {count} packets were proven", now - before);
         }
-        Ok((nanoseconds - began.0) as f64 / runs as f64)
+        Ok(spent.per_run())
     }
+}
+
+/// The eBPF backend for a lane, under a name that no other has.
+pub fn options(choice: Choice) -> Options {
+    static MADE: AtomicU32 = AtomicU32::new(0);
+    Options {
+        instance: format!("bench-{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed)),
+        choice,
+        iptables: tracking(Dialect::Nft),
+        tools: Tools::default(),
+        selection: Selection::default(),
+        proof: ProofBit::DEFAULT,
+    }
+}
+
+/// Where its program is pinned.
+pub fn pinned(options: &Options) -> PathBuf {
+    PathBuf::from(format!("/sys/fs/bpf/npm-agent/{}/v{SCHEMA}/program", options.instance))
 }
 
 impl Drop for Path {

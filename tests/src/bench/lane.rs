@@ -10,15 +10,19 @@
 //! ksoftirqd takes over is added. Of the batches the median counts. The same for every lane: lanes differ in what
 //! filters. Sending and receiving is in all figures, so ratios are smaller than what filters has to do alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use aya::programs::tc::TcAttachOptions;
+use aya::programs::{LinkOrder, ProgramInfo, SchedClassifier, TcAttachType};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 use npm_agent::backend::Backend;
+use npm_agent::backend::meter::Timekeeping;
 use npm_policy::flow::{Flow, Transport};
 use npm_policy::goal::{Family, Goal};
 use npm_policy::model::Protocol;
@@ -30,6 +34,8 @@ use crate::lab::node::Layout;
 use crate::lab::packet::{self, Ends, IpSender, Segment};
 use crate::lab::service::Dialect;
 use crate::lab::{Host, Lab, Spec};
+use crate::programs;
+use crate::statistics::Statistics;
 
 /// Where the node sends everything: to the sink, which has this address on paper only.
 const NEXT_HOP: [(&str, &str); 2] = [("-4", "169.254.9.9"), ("-6", "fe80::99")];
@@ -43,6 +49,10 @@ pub struct Lane {
     lab: Lab,
     sender: IpSender,
     backend: Option<Box<dyn Backend>>,
+    /// Keeps the empty program.
+    empty: Option<aya::Ebpf>,
+    /// That at the way out, whose time is of interest.
+    program: Option<ProgramInfo>,
     port: u16,
 }
 
@@ -55,7 +65,7 @@ impl Lane {
         let host = |name: &str, v4: &str, v6: &str| -> Result<Host> {
             Ok(Host { name: name.to_owned(), addresses: vec![v4.parse()?, v6.parse()?] })
         };
-        let lab = Lab::build(&Spec {
+        let mut lab = Lab::build(&Spec {
             layout: Layout::Routed,
             nodes: vec![host("node", "10.240.0.4", "fd00:240::4")?],
             pods: vec![
@@ -64,6 +74,7 @@ impl Lane {
             ],
             externals: Vec::new(),
         })?;
+        lab.stop_listening();
         let node = lab.netns("node")?;
         let link = lab.netns("sink")?.exec("ip", &["-o", "link", "show", "eth0"])?;
         let mac = link.split_whitespace().skip_while(|word| *word != "link/ether").nth(1);
@@ -81,7 +92,15 @@ impl Lane {
             node.exec(&dialect.program(family, ""), &rule)?;
         }
         let sender = lab.netns("generator")?.run(IpSender::open)?;
-        Ok(Self { name: name.to_owned(), lab, sender, backend: None, port: 20_000 })
+        Ok(Self {
+            name: name.to_owned(),
+            lab,
+            sender,
+            backend: None,
+            empty: None,
+            program: None,
+            port: 20_000,
+        })
     }
 
     /// The node's namespace: a backend works in that of the thread that makes and calls it.
@@ -119,6 +138,37 @@ impl Lane {
         let applied = node.run(|| Ok(backend.apply(goal)?))?;
         ensure!(applied.degraded.is_empty(), "the kernel would not take all: {:?}", applied.degraded);
         Ok(())
+    }
+
+    /// Puts a program that does nothing where the eBPF backend's would be.
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub fn put_empty(&mut self) -> Result<()> {
+        let mut object = programs::object()?;
+        let program = programs::program(&mut object, "nothing")?;
+        program.load().context("loading the empty program")?;
+        self.program = Some(self.node()?.run(|| {
+            let first = TcAttachOptions::TcxOrder(LinkOrder::first());
+            program.attach_with_options(OUT, TcAttachType::Egress, first)?;
+            Ok(program.info()?)
+        })?);
+        self.empty = Some(object);
+        Ok(())
+    }
+
+    /// The program whose time is of interest is pinned there.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn watch(&mut self, pinned: &Path) -> Result<()> {
+        self.program = Some(SchedClassifier::from_pin(pinned)?.info()?);
+        Ok(())
+    }
+
+    /// What the program at the way out has spent until now. `None`: there is none.
+    pub(super) fn spent(&self) -> Result<Option<Spent>> {
+        self.program.as_ref().map(Spent::of).transpose()
     }
 
     /// As many packets as `count`, each of a connection of its own, round the flows.
@@ -227,38 +277,107 @@ impl Clock {
 }
 
 /// The median, of at least one.
-pub fn median(mut times: Vec<Duration>) -> Option<Duration> {
-    times.sort_unstable();
-    times.get(times.len() / 2).copied()
+pub fn median<T: PartialOrd + Copy>(mut numbers: Vec<T>) -> Option<T> {
+    quartiles(&mut numbers).map(|[_, median, _]| median)
 }
 
-/// What a packet takes in each lane, by kind and family.
-pub type Times = BTreeMap<(Kind, Family), Vec<Duration>>;
+/// A quarter is below the first, half below the second, three quarters below the third. Of at least one.
+pub fn quartiles<T: PartialOrd + Copy>(numbers: &mut [T]) -> Option<[T; 3]> {
+    // What is no number is equal to all.
+    numbers.sort_by(|one, other| one.partial_cmp(other).unwrap_or(std::cmp::Ordering::Equal));
+    let at = |quarter: usize| numbers.get(numbers.len() * quarter / 4).copied();
+    Some([at(1)?, at(2)?, at(3)?])
+}
+
+/// What was measured, by kind and family; one number for each round, in their order.
+pub type Series<T> = BTreeMap<(Kind, Family), Vec<T>>;
+
+/// A lane and what goes through it.
+pub struct Course<'a> {
+    /// The lane.
+    pub lane: Lane,
+    /// What is sent, in turn.
+    pub flows: &'a Series<Flow>,
+}
+
+/// What one packet takes.
+#[derive(Clone, Debug, Default)]
+pub struct Times {
+    /// CPU time of its way through the lane.
+    pub way: Series<Duration>,
+    /// Of that, by the kernel's count, the time of the program at the node's way out, in nanoseconds. In rounds of their own:
+    /// counting takes time. Empty: there is no program.
+    pub program: Series<f64>,
+}
 
 /// Measures all lanes in turn, so many rounds: what disturbs one disturbs the others.
 ///
 /// # Errors
 /// As [`Clock::time`].
-pub fn measure(
-    lanes: &mut [Lane],
-    flows: &BTreeMap<(Kind, Family), Vec<Flow>>,
-    rounds: u32,
-    count: usize,
-) -> Result<Vec<Times>> {
-    let mut times = vec![Times::new(); lanes.len()];
+pub fn measure(courses: &mut [Course<'_>], rounds: u32, count: usize) -> Result<Vec<Times>> {
+    let mut times = vec![Times::default(); courses.len()];
     crate::lab::netns::on_fresh_thread(|| {
+        let mut statistics = Statistics::hold()?;
+        statistics.set(Timekeeping::Off)?;
         let clock = Clock::start()?;
         // The first round warms up: neighbours, caches.
         for round in 0..=rounds {
-            for (class, flows) in flows {
-                for (lane, times) in lanes.iter_mut().zip(&mut times) {
+            for class in classes(courses) {
+                for (Course { lane, flows }, times) in courses.iter_mut().zip(&mut times) {
+                    let Some(flows) = flows.get(&class) else { continue };
                     let time = clock.time(lane, (class.0, flows), count)?;
                     if round > 0 {
-                        times.entry(*class).or_default().push(time);
+                        times.way.entry(class).or_default().push(time);
                     }
+                }
+            }
+        }
+        statistics.set(Timekeeping::On)?;
+        for _ in 0..rounds {
+            for class in classes(courses) {
+                for (Course { lane, flows }, times) in courses.iter_mut().zip(&mut times) {
+                    let Some(flows) = flows.get(&class) else { continue };
+                    let Some(began) = lane.spent()? else { continue };
+                    clock.time(lane, (class.0, flows), count)?;
+                    let spent = lane.spent()?.context("the program is gone")?;
+                    times.program.entry(class).or_default().push(spent.since(began).per_run());
                 }
             }
         }
         Ok(times)
     })
+}
+
+/// All kinds and families of flows.
+fn classes(courses: &[Course<'_>]) -> BTreeSet<(Kind, Family)> {
+    courses.iter().flat_map(|course| course.flows.keys().copied()).collect()
+}
+
+/// What the kernel counts of a program, where it counts (`kernel.bpf_stats_enabled`).
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Spent {
+    nanoseconds: u128,
+    /// How often it ran.
+    pub(super) runs: u64,
+}
+
+impl Spent {
+    /// Until now.
+    pub(super) fn of(program: &ProgramInfo) -> Result<Self> {
+        let now = aya::programs::loaded_programs()
+            .filter_map(|program| program.ok())
+            .find(|other| other.id() == program.id())
+            .context("the program is gone")?;
+        Ok(Self { nanoseconds: now.run_time().as_nanos(), runs: now.run_count() })
+    }
+
+    /// What has been added.
+    pub(super) fn since(self, earlier: Self) -> Self {
+        Self { nanoseconds: self.nanoseconds - earlier.nanoseconds, runs: self.runs - earlier.runs }
+    }
+
+    /// The mean of a run, in nanoseconds.
+    pub(super) fn per_run(self) -> f64 {
+        self.nanoseconds as f64 / self.runs as f64
+    }
 }

@@ -17,27 +17,24 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use npm_agent::backend::ebpf::choice::{Choice, Hook, Proofs};
-use npm_agent::backend::ebpf::enforcer::{Ebpf, Options as EbpfOptions};
+use npm_agent::backend::ebpf::enforcer::Ebpf;
 use npm_agent::backend::ebpf::kernel::Kernel;
 use npm_agent::backend::ebpf::width::Width;
 use npm_agent::backend::iptables::variant::Variant;
 use npm_agent::backend::iptables::{Iptables, Options};
 use npm_agent::exec::Tools;
-use npm_agent::interfaces::select::Selection;
 use npm_common::conntrack::Tuple;
-use npm_common::mark::ProofBit;
 use npm_policy::flow::{Flow, Transport};
 use npm_policy::goal::{Family, Goal};
 use npm_policy::model::Protocol;
 use npm_tests::bench::cluster::{Cluster, LOCAL_PODS as CLUSTER_LOCAL_PODS, NAMESPACES, PODS};
 use npm_tests::bench::control::{self, Events, Figures, Memory, Plan};
-use npm_tests::bench::established::established_times;
-use npm_tests::bench::lane::{Lane, Times, measure, median};
+use npm_tests::bench::established::{established_times, options, pinned};
+use npm_tests::bench::lane::{Course, Lane, Series, Times, measure, median, quartiles};
 use npm_tests::bench::runs::{MapMemory, maps, verdict_times};
 use npm_tests::bench::world::{BenchWorld, Kind, LOCAL_PODS, NODE, Size, all_flows};
 use npm_tests::lab::service::Dialect;
 use npm_tests::programs;
-use npm_tests::scenario::enforcer::tracking;
 
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask bench")]
@@ -174,8 +171,8 @@ fn datapath(arguments: Arguments) -> Result<()> {
     );
     counts(arguments.rounds)?;
     memory()?;
-    let mut table = Table::new();
     let mut is_measured = false;
+    let mut stages = Vec::new();
     for policies in &arguments.policies {
         let began = Instant::now();
         let size = Size { policies: *policies, other_pods: arguments.other_pods };
@@ -188,43 +185,19 @@ fn datapath(arguments: Arguments) -> Result<()> {
         );
         let flows = all_flows(&world, 64, arguments.seed)?;
         runs(&world, &flows, arguments.rounds)?;
-        if !arguments.skip_packets {
-            if !is_measured {
-                is_measured = established(&world, &arguments)?;
-            }
-            if arguments.skip_new_flows {
-                continue;
-            }
-            let medians = packets(&world, &flows, &arguments)?;
-            table.extend(medians.into_iter().map(|(name, class, median)| ((name, class, *policies), median)));
+        if !arguments.skip_packets && !is_measured {
+            is_measured = established(&world, &arguments)?;
         }
+        stages.push(Stage { policies: *policies, world, flows });
     }
-    growth(&table, &arguments.policies);
-    Ok(())
+    if arguments.skip_packets || arguments.skip_new_flows { Ok(()) } else { new_flows(&stages, &arguments) }
 }
 
-/// The median by what filters, class and number of policies.
-type Table = BTreeMap<(&'static str, (Kind, Family), u32), Duration>;
-
-/// What a new flow costs more with many policies than with the fewest.
-fn growth(table: &Table, policies: &[u32]) {
-    let Some(fewest) = policies.iter().min() else { return };
-    println!("\n## CPU time of a new flow, times that of the same row with {fewest}\n");
-    print!("{:<28}", "policies");
-    policies.iter().for_each(|number| print!("{number:>9}"));
-    println!();
-    let rows: BTreeSet<_> = table.keys().map(|(name, class, _)| (*name, *class)).collect();
-    for (name, class) in rows {
-        print!("{name:<18}{:<10}", format!("{:?} {:?}", class.0, class.1));
-        for number in policies {
-            let (at, first) = (table.get(&(name, class, *number)), table.get(&(name, class, *fewest)));
-            match (at, first) {
-                (Some(at), Some(first)) => print!("{:>9.2}", at.as_secs_f64() / first.as_secs_f64()),
-                (None, _) | (_, None) => print!("{:>9}", "-"),
-            }
-        }
-        println!();
-    }
+/// A number of policies.
+struct Stage {
+    policies: u32,
+    world: BenchWorld,
+    flows: Series<Flow>,
 }
 
 /// What the programs cost before a packet comes.
@@ -338,17 +311,20 @@ fn established(world: &BenchWorld, arguments: &Arguments) -> Result<bool> {
 const PACKETS_ESTABLISHED: u32 = 2000;
 
 /// Who filters in a lane.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Filter {
     Nobody,
+    /// A program that does nothing, where the eBPF backend's is.
+    Empty,
     Iptables(Variant),
     Ebpf(Proofs),
 }
 
 impl Filter {
     /// Those that are there to be compared with stand first.
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Nobody,
+        Self::Empty,
         Self::Ebpf(Proofs::Kfuncs),
         Self::Ebpf(Proofs::Maps),
         Self::Iptables(Variant::Nft),
@@ -358,6 +334,7 @@ impl Filter {
     fn name(self) -> &'static str {
         match self {
             Self::Nobody => "no policy",
+            Self::Empty => "empty program",
             Self::Ebpf(Proofs::Kfuncs) => "eBPF (marks)",
             Self::Ebpf(Proofs::Maps) => "eBPF (maps)",
             Self::Iptables(Variant::Nft) => "iptables (nft)",
@@ -367,7 +344,7 @@ impl Filter {
 
     fn dialect(self) -> Dialect {
         match self {
-            Self::Nobody | Self::Ebpf(_) | Self::Iptables(Variant::Nft) => Dialect::Nft,
+            Self::Nobody | Self::Empty | Self::Ebpf(_) | Self::Iptables(Variant::Nft) => Dialect::Nft,
             Self::Iptables(Variant::Legacy) => Dialect::Legacy,
         }
     }
@@ -376,16 +353,12 @@ impl Filter {
         let mut lane = Lane::open(self.name(), self.dialect())?;
         match self {
             Self::Nobody => {}
+            Self::Empty => lane.put_empty()?,
             Self::Ebpf(proofs) => {
-                let options = EbpfOptions {
-                    instance: format!("bench-{}-{proofs}", std::process::id()),
-                    choice: Choice { proofs: Some(proofs), ..Choice::default() },
-                    iptables: tracking(self.dialect()),
-                    tools: Tools::default(),
-                    selection: Selection::default(),
-                    proof: ProofBit::DEFAULT,
-                };
+                let options = options(Choice { proofs: Some(proofs), ..Choice::default() });
+                let program = pinned(&options);
                 lane.enforce(|| Ok(Box::new(Ebpf::new(options)?)), goal)?;
+                lane.watch(&program)?;
             }
             Self::Iptables(variant) => {
                 // Ten thousand policies are restored in one piece.
@@ -398,56 +371,121 @@ impl Filter {
     }
 }
 
-/// What filters, class, and the median of its batches.
-type Median = (&'static str, (Kind, Family), Duration);
-
-/// New flows as packets.
-fn packets(
-    world: &BenchWorld,
-    flows: &BTreeMap<(Kind, Family), Vec<Flow>>,
-    arguments: &Arguments,
-) -> Result<Vec<Median>> {
-    let (mut names, mut lanes) = (Vec::new(), Vec::new());
-    let is_wanted = |filter: &Filter| !(arguments.skip_iptables && matches!(filter, Filter::Iptables(_)));
-    for filter in Filter::ALL.into_iter().filter(is_wanted) {
-        let began = Instant::now();
-        match filter.lane(&world.goal) {
-            Ok(lane) => {
-                println!("  {} set up in {:.1} s", filter.name(), began.elapsed().as_secs_f64());
-                names.push(filter.name());
-                lanes.push(lane);
-            }
-            Err(error) => println!("  {} not measured: {error:#}", filter.name()),
-        }
-    }
-    let times = measure(&mut lanes, flows, arguments.rounds, arguments.packets)?;
-    let bare = times.first().context("the lane without policies comes first")?;
-    println!(
-        "\nCPU time of a new flow through a node, us: median of {} batches of {} (least to most), times no policy",
-        arguments.rounds, arguments.packets
-    );
-    let mut medians = Vec::new();
-    for (name, times) in names.into_iter().zip(&times) {
-        println!("  {name}");
-        for (class, batches) in times {
-            println!("    {:?} {:?}: {}", class.0, class.1, line(times, bare, *class)?);
-            medians.push((name, *class, median(batches.clone()).context("no batch")?));
-        }
-    }
-    Ok(medians)
+/// What was measured of a lane.
+struct Row {
+    policies: u32,
+    filter: Filter,
+    times: Times,
 }
 
-fn line(times: &Times, bare: &Times, class: (Kind, Family)) -> Result<String> {
+/// New flows as packets: everything is set up, then all is measured in turn.
+fn new_flows(stages: &[Stage], arguments: &Arguments) -> Result<()> {
+    println!("\n## New flows through a node\n");
+    let (mut names, mut courses) = (Vec::new(), Vec::new());
+    let is_wanted = |filter: &Filter| !(arguments.skip_iptables && matches!(filter, Filter::Iptables(_)));
+    for Stage { policies, world, flows } in stages {
+        for filter in Filter::ALL.into_iter().filter(is_wanted) {
+            let began = Instant::now();
+            match filter.lane(&world.goal) {
+                Ok(lane) => {
+                    let seconds = began.elapsed().as_secs_f64();
+                    println!("{policies} policies, {} set up in {seconds:.1} s", filter.name());
+                    names.push((*policies, filter));
+                    courses.push(Course { lane, flows });
+                }
+                Err(error) => println!("{policies} policies, {} not measured: {error:#}", filter.name()),
+            }
+        }
+    }
+    let times = measure(&mut courses, arguments.rounds, arguments.packets)?;
+    let rows: Vec<Row> = names
+        .into_iter()
+        .zip(times)
+        .map(|((policies, filter), times)| Row { policies, filter, times })
+        .collect();
+    println!(
+        "\nCPU time of a new flow through a node, us: median of {} batches of {} (least to most); times no policy in the \
+         same round: median (a quarter below, a quarter above)",
+        arguments.rounds, arguments.packets
+    );
+    for stage in stages {
+        println!("\n{} policies", stage.policies);
+        let of_stage = || rows.iter().filter(|row| row.policies == stage.policies);
+        let bare = of_stage().find(|row| row.filter == Filter::Nobody).context("no lane without policies")?;
+        for row in of_stage() {
+            println!("  {}", row.filter.name());
+            for (class, way) in &row.times.way {
+                println!("    {:?} {:?}: {}", class.0, class.1, line(way, &bare.times.way[class])?);
+            }
+        }
+    }
+    growth(&rows);
+    programs_time(&rows);
+    Ok(())
+}
+
+fn line(way: &[Duration], bare: &[Duration]) -> Result<String> {
     let micros = |time: Duration| time.as_secs_f64() * 1e6;
-    let of = |times: &Times| median(times.get(&class).cloned().unwrap_or_default()).context("no batch");
-    let (is, without) = (of(times)?, of(bare)?);
-    let least = times[&class].iter().min().copied().unwrap_or(is);
-    let most = times[&class].iter().max().copied().unwrap_or(is);
+    let is = median(way.to_vec()).context("no batch")?;
+    let [least, most] = [way.iter().min(), way.iter().max()].map(|time| time.copied().unwrap_or(is));
+    let [quarter, half, three] = quartiles(&mut ratios(way, bare)).context("no batch")?;
     Ok(format!(
-        "{:.2} ({:.2} to {:.2}), {:.2} x",
+        "{:.2} ({:.2} to {:.2}), {half:.2} x ({quarter:.2}, {three:.2})",
         micros(is),
         micros(least),
-        micros(most),
-        is.as_secs_f64() / without.as_secs_f64()
+        micros(most)
     ))
+}
+
+/// Round by round.
+fn ratios(way: &[Duration], other: &[Duration]) -> Vec<f64> {
+    way.iter().zip(other).map(|(one, other)| one.as_secs_f64() / other.as_secs_f64()).collect()
+}
+
+/// What a new flow costs more with many policies than with the fewest.
+fn growth(rows: &[Row]) {
+    let Some(fewest) = rows.iter().map(|row| row.policies).min() else { return };
+    println!(
+        "\nCPU time of a new flow, times that of the same row with {fewest} in the same round (median)\n"
+    );
+    by_policies(rows, |row, first, class| {
+        let (way, first) = (row.times.way.get(&class)?, first.times.way.get(&class)?);
+        Some(format!("{:.2}", median(ratios(way, first))?))
+    });
+}
+
+/// The program's part of it.
+fn programs_time(rows: &[Row]) {
+    println!(
+        "\nOf that the program itself, by the kernel's count (kernel.bpf_stats), ns (median); counting is in it: see the \
+         empty program\n"
+    );
+    by_policies(rows, |row, _, class| {
+        Some(format!("{:.0}", median(row.times.program.get(&class)?.clone())?))
+    });
+}
+
+/// A line for each filter and class, a column for each number of policies.
+fn by_policies(rows: &[Row], cell: impl Fn(&Row, &Row, (Kind, Family)) -> Option<String>) {
+    let numbers: BTreeSet<u32> = rows.iter().map(|row| row.policies).collect();
+    print!("{:<28}", "policies");
+    numbers.iter().for_each(|number| print!("{number:>9}"));
+    println!();
+    for filter in Filter::ALL {
+        let mut of_filter: Vec<&Row> = rows.iter().filter(|row| row.filter == filter).collect();
+        of_filter.sort_by_key(|row| row.policies);
+        let Some(first) = of_filter.first() else { continue };
+        for class in first.times.way.keys() {
+            let cells: Vec<Option<String>> = numbers
+                .iter()
+                .map(|number| cell(of_filter.iter().find(|row| row.policies == *number)?, first, *class))
+                .collect();
+            if cells.iter().all(Option::is_none) {
+                continue;
+            }
+            print!("{:<18}{:<10}", filter.name(), format!("{:?} {:?}", class.0, class.1));
+            cells.iter().for_each(|cell| print!("{:>9}", cell.as_deref().unwrap_or("-")));
+            println!();
+        }
+    }
 }

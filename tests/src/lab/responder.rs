@@ -141,14 +141,22 @@ impl Responder {
     }
 }
 
-impl Drop for Responder {
-    fn drop(&mut self) {
+impl Responder {
+    /// Closes all its sockets: nothing is heard and answered from here on.
+    pub(super) fn stop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
             eprintln!("the responder panicked");
         }
+        lock(&self.shared.ears).clear();
+    }
+}
+
+impl Drop for Responder {
+    fn drop(&mut self) {
+        self.stop();
     }
 }
 

@@ -3,6 +3,7 @@
 mod kernel_map;
 
 use std::io;
+use std::mem::discriminant;
 use std::path::Path;
 
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError};
@@ -19,7 +20,7 @@ use super::lowering::{Lowering, Unfit};
 use super::plan::{Full, Step, isolate, usage};
 use crate::backend::meter::Store;
 use crate::memory;
-use kernel_map::{Entries, KernelMap, Plain};
+use kernel_map::{Entries, KernelMap, Plain, key};
 
 /// The names of the maps in the object and of their pins.
 pub const NAMES: [&str; 15] = [
@@ -95,6 +96,12 @@ pub struct Writes {
     /// Times that it was waited for running programs.
     pub waits: usize,
 }
+
+/// As many writes to one map are worth a call of their own. Fewer stay single: then a test that ends the agent at any call ends
+/// it between any two of them.
+const LEAST_AT_ONCE: usize = 16;
+/// Writes to one map that are done in one call: they are copied for it, a row of the widest 1,280 bytes long.
+const MOST_AT_ONCE: usize = 512;
 
 /// How many writes of one apply the next one may have to do again for the other half.
 const MOST_LEFT_UNSETTLED: usize = 64;
@@ -287,17 +294,33 @@ impl<const W: usize> Maps<W> {
     fn perform(&mut self, steps: &[Step<W>]) -> Result<Writes, MapsError> {
         let mut writes = Writes::default();
         self.is_known = false;
-        for step in steps {
-            match step {
-                Step::Grace => {
+        let is_same_map = |one: &Step<W>, next: &Step<W>| {
+            let (Step::Write(one), Step::Write(next)) = (one, next) else { return false };
+            let is_kind = discriminant(one) == discriminant(next);
+            is_kind
+                && match (one, next) {
+                    (Write::V4(one), Write::V4(next)) => discriminant(one) == discriminant(next),
+                    (Write::V6(one), Write::V6(next)) => discriminant(one) == discriminant(next),
+                    _ => true,
+                }
+        };
+        // In their order, whatever is done at once.
+        for some in steps.chunk_by(is_same_map).flat_map(|alike| alike.chunks(MOST_AT_ONCE)) {
+            match some {
+                [Step::Grace] => {
                     self.grace.wait().map_err(MapsError::Grace)?;
                     self.held.readers = Readers::Current;
                     writes.waits += 1;
                 }
-                Step::Write(write) => {
-                    self.write(write)?;
-                    self.held.write(write);
-                    writes.entries += 1;
+                some => {
+                    let some: Vec<&Write<W>> = some.iter().filter_map(Step::write).collect();
+                    if some.len() < LEAST_AT_ONCE {
+                        some.iter().try_for_each(|write| self.write(write))?;
+                    } else {
+                        self.write_all(&some)?;
+                    }
+                    some.iter().for_each(|write| self.held.write(write));
+                    writes.entries += some.len();
                 }
             }
         }
@@ -320,6 +343,31 @@ impl<const W: usize> Maps<W> {
                 self.publish()?;
                 self.generation.set(0, *generation)
             }
+        }
+    }
+
+    /// The same for several of one kind, in one call to the kernel.
+    fn write_all(&mut self, writes: &[&Write<W>]) -> Result<(), MapsError> {
+        macro_rules! all {
+            ($($pattern:pat => $element:expr),+) => {
+                writes.iter().filter_map(|write| match write { $($pattern => Some($element),)+ _ => None }).collect::<Vec<_>>()
+            };
+        }
+        match writes.first() {
+            Some(Write::Row(..)) => self.rows.set_all(&all!(Write::Row(index, bits) => (*index, **bits))),
+            Some(Write::Segment(..)) => {
+                self.segments.set_all(&all!(Write::Segment(index, segment) => (*index, Plain(*segment))))
+            }
+            Some(Write::Policy(..)) => {
+                self.policies.set_all(&all!(Write::Policy(id, policy) => (*id, Plain(*policy))))
+            }
+            Some(Write::Meaning(..)) => {
+                self.meanings.set_all(&all!(Write::Meaning(bit, meaning) => (*bit, *meaning)))
+            }
+            Some(Write::V4(_)) => self.v4.write_all(&all!(Write::V4(write) => write)),
+            Some(Write::V6(_)) => self.v6.write_all(&all!(Write::V6(write) => write)),
+            // Nothing is seen before this one, and there are no two of it.
+            Some(Write::Generation(_)) | None => writes.iter().try_for_each(|write| self.write(write)),
         }
     }
 
@@ -355,9 +403,9 @@ where
         let pairs = self.pairs.entries()?;
         Ok(HeldFamily {
             // Of the records, those that something leads to.
-            records: self.records.at(places.values())?.plain(),
+            records: self.records.at(places.values(), &Plain(Record::default()))?.plain(),
             networks: self.networks.entries()?,
-            pair_records: self.pair_records.at(pairs.values())?.plain(),
+            pair_records: self.pair_records.at(pairs.values(), &Plain(PairRecord::default()))?.plain(),
             places,
             pairs,
         })
@@ -373,6 +421,48 @@ where
             FamilyWrite::PairRecord(place, record) => self.pair_records.set(*place, Plain(*record)),
             FamilyWrite::PairPlace(pair, place) => self.pairs.insert(pair, place),
             FamilyWrite::PairUnplace(pair) => self.pairs.delete(pair),
+        }
+    }
+
+    /// The same for several of one kind, in one call to the kernel.
+    fn write_all(&mut self, writes: &[&FamilyWrite<A>]) -> Result<(), MapsError> {
+        macro_rules! all {
+            ($pattern:pat => $element:expr) => {
+                writes
+                    .iter()
+                    .filter_map(|write| match write {
+                        $pattern => Some($element),
+                        _ => None,
+                    })
+                    .collect::<Vec<_>>()
+            };
+        }
+        match writes.first() {
+            Some(FamilyWrite::Record(..)) => {
+                self.records.set_all(&all!(FamilyWrite::Record(place, record) => (*place, Plain(*record))))
+            }
+            Some(FamilyWrite::Place(..)) => {
+                self.places.insert_all(&all!(FamilyWrite::Place(address, place) => (*address, *place)))
+            }
+            Some(FamilyWrite::Unplace(_)) => {
+                self.places.delete_all(&all!(FamilyWrite::Unplace(address) => *address))
+            }
+            Some(FamilyWrite::Network(..)) => {
+                self.networks.insert_all(&all!(FamilyWrite::Network(prefix, rows) => (key(prefix), *rows)))
+            }
+            Some(FamilyWrite::DropNetwork(_)) => {
+                self.networks.delete_all(&all!(FamilyWrite::DropNetwork(prefix) => key(prefix)))
+            }
+            Some(FamilyWrite::PairRecord(..)) => self
+                .pair_records
+                .set_all(&all!(FamilyWrite::PairRecord(place, record) => (*place, Plain(*record)))),
+            Some(FamilyWrite::PairPlace(..)) => {
+                self.pairs.insert_all(&all!(FamilyWrite::PairPlace(pair, place) => (*pair, *place)))
+            }
+            Some(FamilyWrite::PairUnplace(_)) => {
+                self.pairs.delete_all(&all!(FamilyWrite::PairUnplace(pair) => *pair))
+            }
+            None => Ok(()),
         }
     }
 }

@@ -38,6 +38,16 @@ pub enum Step<const W: usize> {
     Write(Write<W>),
 }
 
+impl<const W: usize> Step<W> {
+    /// What it writes, if anything.
+    pub fn write(&self) -> Option<&Write<W>> {
+        match self {
+            Self::Grace => None,
+            Self::Write(write) => Some(write),
+        }
+    }
+}
+
 /// A map that has a limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum MapName {

@@ -13,6 +13,8 @@ use crate::interfaces::Index;
 /// include/uapi/linux/bpf.h.
 const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
+const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
 const BPF_TCX_EGRESS: u32 = 47;
 
 /// More programs than anybody attaches to one interface; the kernel refuses more than 63 links at one place
@@ -35,7 +37,7 @@ struct Query {
     revision: u64,
 }
 
-/// The attributes of BPF_MAP_LOOKUP_BATCH.
+/// The attributes of BPF_MAP_LOOKUP_BATCH and its likes.
 #[repr(C)]
 struct Batch {
     in_batch: u64,
@@ -79,6 +81,56 @@ pub(super) fn array_values<V: Pod>(map: BorrowedFd<'_>, from: u32, values: &mut 
     if in_turn { Ok(count) } else { Err(io::Error::other("an array's values are out of turn")) }
 }
 
+/// Writes many elements of a map in one call, in this order. The map's keys and values have to be of these lengths, as aya sees
+/// to when it takes a map for such a one: the kernel would read past the end. Every kernel that the programs run on has
+/// this for arrays, hashes and tries (5.13).
+///
+/// # Errors
+/// The kernel's, of the first element that it did not take; those before it are written.
+pub(super) fn update_all<K: Pod, V: Pod>(map: BorrowedFd<'_>, elements: &[(K, V)]) -> io::Result<()> {
+    let (mut keys, mut values): (Vec<K>, Vec<V>) = elements.iter().copied().unzip();
+    let mut batch = of_elements(map, &mut keys)?;
+    batch.values = values.as_mut_ptr() as u64;
+    bpf(BPF_MAP_UPDATE_BATCH, &mut batch).map(drop)
+}
+
+/// Deletes many elements of a map in one call each time that one is there no more. Lengths as for [`update_all`].
+///
+/// # Errors
+/// The kernel's, of the first element that it did not delete; those before it are gone.
+pub(super) fn delete_all<K: Pod>(map: BorrowedFd<'_>, keys: &[K]) -> io::Result<()> {
+    let mut keys = keys.to_vec();
+    let mut rest = keys.as_mut_slice();
+    while !rest.is_empty() {
+        let mut batch = of_elements(map, rest)?;
+        let deleted = bpf(BPF_MAP_DELETE_BATCH, &mut batch);
+        match deleted {
+            Ok(_) => return Ok(()),
+            // That one is gone already.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                let done = usize::try_from(batch.count).map_err(io::Error::other)?;
+                rest = rest.get_mut(done + 1..).unwrap_or_default();
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// What a call for these elements begins with. They have to live until it has ended.
+fn of_elements<K: Pod>(map: BorrowedFd<'_>, keys: &mut [K]) -> io::Result<Batch> {
+    Ok(Batch {
+        in_batch: 0,
+        out_batch: 0,
+        keys: keys.as_mut_ptr() as u64,
+        values: 0,
+        count: u32::try_from(keys.len()).map_err(io::Error::other)?,
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        element_flags: 0,
+        flags: 0,
+    })
+}
+
 /// A hash map, read many elements at once.
 #[derive(Debug)]
 pub(super) struct HashElements<K, V> {
@@ -107,34 +159,46 @@ impl<K: Pod + Default, V: Pod + Default> HashElements<K, V> {
     ///
     /// # Errors
     /// The kernel's. ENOSPC: more than `at_once` are in one bucket.
-    pub(super) fn each(&self, at_once: usize, mut each: impl FnMut(K, V)) -> io::Result<()> {
-        let (mut keys, mut values) = (vec![K::default(); at_once], vec![V::default(); at_once]);
-        let (mut before, mut next) = (None::<u32>, 0_u32);
-        loop {
-            let mut batch = Batch {
-                // Nothing, for the beginning; otherwise what the kernel gave. All of these live until the call has ended.
-                in_batch: before.as_ref().map_or(0, |before| std::ptr::from_ref(before) as u64),
-                out_batch: &raw mut next as u64,
-                keys: keys.as_mut_ptr() as u64,
-                values: values.as_mut_ptr() as u64,
-                count: u32::try_from(at_once).map_err(io::Error::other)?,
-                map_fd: self.map.as_raw_fd().cast_unsigned(),
-                element_flags: 0,
-                flags: 0,
-            };
-            let is_end = match bpf(BPF_MAP_LOOKUP_BATCH, &mut batch) {
-                Ok(_) => false,
-                // The end was reached, with or without elements before it.
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-                Err(error) => return Err(error),
-            };
-            let count = usize::try_from(batch.count).map_err(io::Error::other)?;
-            keys.iter().zip(&values).take(count).for_each(|(key, value)| each(*key, *value));
-            if is_end {
-                return Ok(());
-            }
-            before = Some(next);
+    pub(super) fn each(&self, at_once: usize, each: impl FnMut(K, V)) -> io::Result<()> {
+        each_element(self.map.as_fd(), at_once, each)
+    }
+}
+
+/// As [`HashElements::each`], of a hash map whose keys and values are known to be of these lengths.
+///
+/// # Errors
+/// As there.
+pub(super) fn each_element<K: Pod + Default, V: Pod + Default>(
+    map: BorrowedFd<'_>,
+    at_once: usize,
+    mut each: impl FnMut(K, V),
+) -> io::Result<()> {
+    let (mut keys, mut values) = (vec![K::default(); at_once], vec![V::default(); at_once]);
+    let (mut before, mut next) = (None::<u32>, 0_u32);
+    loop {
+        let mut batch = Batch {
+            // Nothing, for the beginning; otherwise what the kernel gave. All of these live until the call has ended.
+            in_batch: before.as_ref().map_or(0, |before| std::ptr::from_ref(before) as u64),
+            out_batch: &raw mut next as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: u32::try_from(at_once).map_err(io::Error::other)?,
+            map_fd: map.as_raw_fd().cast_unsigned(),
+            element_flags: 0,
+            flags: 0,
+        };
+        let is_end = match bpf(BPF_MAP_LOOKUP_BATCH, &mut batch) {
+            Ok(_) => false,
+            // The end was reached, with or without elements before it.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) => return Err(error),
+        };
+        let count = usize::try_from(batch.count).map_err(io::Error::other)?;
+        keys.iter().zip(&values).take(count).for_each(|(key, value)| each(*key, *value));
+        if is_end {
+            return Ok(());
         }
+        before = Some(next);
     }
 }
 

@@ -1,7 +1,7 @@
 //! One map of the kernel: its name, and the few things that are done with it.
 #![expect(unsafe_code, reason = "aya asks for a promise about layouts")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 
@@ -12,10 +12,13 @@ use npm_common::layout::{PairRecord, Policy, Record, Segment};
 
 use super::{MapsError, Source};
 use crate::backend::ebpf::lower::Prefix;
-use crate::backend::ebpf::syscall::array_values;
+use crate::backend::ebpf::syscall::{array_values, delete_all, each_element, update_all};
 
 /// Values of an array that are read at once: at most half a megabyte.
 const AT_ONCE: usize = 2048;
+
+/// As many of an array's values as these are read one by one.
+const FEW: usize = 32;
 
 /// A type of npm_common's as a map's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,18 +39,20 @@ unsafe impl Pod for Plain<Segment> {}
 pub(super) struct KernelMap<M> {
     name: &'static str,
     map: M,
-    /// An array's, for what aya does not do with it.
-    array: Option<OwnedFd>,
+    /// For what aya does not do with it. Its keys and values are as long as those of `map`: aya has compared that.
+    descriptor: OwnedFd,
 }
 
 impl<M: TryFrom<Map, Error = MapError>> KernelMap<M> {
     pub(super) fn of(source: &mut Source<'_>, name: &'static str) -> Result<Self, MapsError> {
         let failed = |source| MapsError::Map { name, source };
         let map = source(name)?;
-        let array =
-            if let Map::Array(data) = &map { Some(data.fd().as_fd().try_clone_to_owned()) } else { None };
-        let array = array.transpose().map_err(|error| failed(MapError::IoError(error)))?;
-        Ok(Self { name, map: M::try_from(map).map_err(failed)?, array })
+        let (Map::Array(data) | Map::HashMap(data) | Map::LpmTrie(data)) = &map else {
+            return Err(failed(MapError::InvalidMapType { map_type: 0 }));
+        };
+        let descriptor = data.fd().as_fd().try_clone_to_owned();
+        let descriptor = descriptor.map_err(|error| failed(MapError::IoError(error)))?;
+        Ok(Self { name, map: M::try_from(map).map_err(failed)?, descriptor })
     }
 }
 
@@ -56,12 +61,22 @@ impl<M> KernelMap<M> {
         let name = self.name;
         move |source| MapsError::Map { name, source }
     }
+
+    fn refused(&self) -> impl Fn(io::Error) -> MapsError + use<M> {
+        let failed = self.failed();
+        move |error| failed(MapError::IoError(error))
+    }
 }
 
 impl<V: Pod> KernelMap<Array<MapData, V>> {
     pub(super) fn set(&mut self, index: u32, value: V) -> Result<(), MapsError> {
         let failed = self.failed();
         self.map.set(index, value, 0).map_err(failed)
+    }
+
+    /// In one call, in this order.
+    pub(super) fn set_all(&mut self, elements: &[(u32, V)]) -> Result<(), MapsError> {
+        update_all(self.descriptor.as_fd(), elements).map_err(self.refused())
     }
 
     pub(super) fn one(&self) -> Result<V, MapsError> {
@@ -73,21 +88,12 @@ impl<V: Pod> KernelMap<Array<MapData, V>> {
     where
         V: PartialEq,
     {
-        let failed = |error| self.failed()(MapError::IoError(error));
-        // Its values are as long as these: aya has compared that when it took the map for such an array.
-        let array = self.array.as_ref().ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
         let mut entries = BTreeMap::new();
-        let mut values = vec![*zero; AT_ONCE.min(self.map.len() as usize)];
-        let mut first = 0;
-        while first < self.map.len() {
-            let count = array_values(array.as_fd(), first, &mut values).map_err(failed)?;
-            if count == 0 {
-                return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+        self.each_before(self.map.len(), zero, |index, value| {
+            if value != zero {
+                entries.insert(index, *value);
             }
-            let found = (first..).zip(&values[..count]).filter(|(_, value)| *value != zero);
-            entries.extend(found.map(|(index, value)| (index, *value)));
-            first += count as u32;
-        }
+        })?;
         Ok(entries)
     }
 
@@ -95,16 +101,50 @@ impl<V: Pod> KernelMap<Array<MapData, V>> {
     pub(super) fn at<'a>(
         &self,
         indices: impl Iterator<Item = &'a u32>,
+        zero: &V,
     ) -> Result<BTreeMap<u32, V>, MapsError> {
-        let inside = indices.filter(|index| **index < self.map.len());
-        inside.map(|index| Ok((*index, self.map.get(index, 0).map_err(self.failed())?))).collect()
+        let wanted: BTreeSet<u32> = indices.copied().filter(|index| *index < self.map.len()).collect();
+        if wanted.len() <= FEW {
+            let one = |index: &u32| Ok((*index, self.map.get(index, 0).map_err(self.failed())?));
+            return wanted.iter().map(one).collect();
+        }
+        let end = wanted.last().map_or(0, |last| last + 1);
+        let mut entries = BTreeMap::new();
+        self.each_before(end, zero, |index, value| {
+            if wanted.contains(&index) {
+                entries.insert(index, *value);
+            }
+        })?;
+        Ok(entries)
+    }
+
+    /// Gives the entries below an index, which is in the array or its end.
+    fn each_before(&self, end: u32, zero: &V, mut each: impl FnMut(u32, &V)) -> Result<(), MapsError> {
+        let mut values = vec![*zero; AT_ONCE.min(end as usize)];
+        let mut first = 0;
+        while first < end {
+            let room = values.len().min((end - first) as usize);
+            let read = array_values(self.descriptor.as_fd(), first, &mut values[..room]);
+            let count = read.map_err(self.refused())?;
+            if count == 0 {
+                return Err(self.refused()(io::ErrorKind::UnexpectedEof.into()));
+            }
+            (first..).zip(&values[..count]).for_each(|(index, value)| each(index, value));
+            first += count as u32;
+        }
+        Ok(())
     }
 }
 
-impl<K: Pod + Ord, V: Pod> KernelMap<HashMap<MapData, K, V>> {
+impl<K: Pod + Ord + Default, V: Pod + Default> KernelMap<HashMap<MapData, K, V>> {
     pub(super) fn insert(&mut self, key: &K, value: &V) -> Result<(), MapsError> {
         let failed = self.failed();
         self.map.insert(key, value, 0).map_err(failed)
+    }
+
+    /// In one call, in this order.
+    pub(super) fn insert_all(&mut self, elements: &[(K, V)]) -> Result<(), MapsError> {
+        update_all(self.descriptor.as_fd(), elements).map_err(self.refused())
     }
 
     pub(super) fn delete(&mut self, key: &K) -> Result<(), MapsError> {
@@ -112,21 +152,40 @@ impl<K: Pod + Ord, V: Pod> KernelMap<HashMap<MapData, K, V>> {
         self.map.remove(key).or_else(unless_absent).map_err(failed)
     }
 
+    /// Those that are there.
+    pub(super) fn delete_all(&mut self, keys: &[K]) -> Result<(), MapsError> {
+        delete_all(self.descriptor.as_fd(), keys).map_err(self.refused())
+    }
+
     pub(super) fn entries(&self) -> Result<BTreeMap<K, V>, MapsError> {
-        self.map.iter().collect::<Result<_, _>>().map_err(self.failed())
+        let mut entries = BTreeMap::new();
+        each_element(self.descriptor.as_fd(), AT_ONCE, |key, value| {
+            entries.insert(key, value);
+        })
+        .map_err(self.refused())?;
+        Ok(entries)
     }
 }
 
 impl<A: Pod + Ord, V: Pod> KernelMap<LpmTrie<MapData, A, V>> {
     pub(super) fn insert(&mut self, prefix: &Prefix<A>, value: &V) -> Result<(), MapsError> {
         let failed = self.failed();
-        self.map.insert(&Key::new(prefix.length, prefix.address), value, 0).map_err(failed)
+        self.map.insert(&key(prefix), value, 0).map_err(failed)
+    }
+
+    /// In one call, in this order.
+    pub(super) fn insert_all(&mut self, elements: &[(Key<A>, V)]) -> Result<(), MapsError> {
+        update_all(self.descriptor.as_fd(), elements).map_err(self.refused())
     }
 
     pub(super) fn delete(&mut self, prefix: &Prefix<A>) -> Result<(), MapsError> {
         let failed = self.failed();
-        let key = Key::new(prefix.length, prefix.address);
-        self.map.remove(&key).or_else(unless_absent).map_err(failed)
+        self.map.remove(&key(prefix)).or_else(unless_absent).map_err(failed)
+    }
+
+    /// Those that are there.
+    pub(super) fn delete_all(&mut self, keys: &[Key<A>]) -> Result<(), MapsError> {
+        delete_all(self.descriptor.as_fd(), keys).map_err(self.refused())
     }
 
     pub(super) fn entries(&self) -> Result<BTreeMap<Prefix<A>, V>, MapsError> {
@@ -136,6 +195,11 @@ impl<A: Pod + Ord, V: Pod> KernelMap<LpmTrie<MapData, A, V>> {
         };
         self.map.iter().map(entry).collect()
     }
+}
+
+/// A prefix as the kernel has it.
+pub(super) fn key<A: Pod>(prefix: &Prefix<A>) -> Key<A> {
+    Key::new(prefix.length, prefix.address)
 }
 
 /// That an entry is gone already is no failure to delete it.
