@@ -6,6 +6,7 @@ pub mod matrix;
 pub mod render;
 pub mod run;
 pub mod status;
+pub mod trace;
 pub mod version;
 
 use std::io::Write;
@@ -40,6 +41,7 @@ enum Command {
     Status(status::Args),
     Matrix(matrix::MatrixArgs),
     Render(render::Args),
+    Trace(trace::Args),
     Cleanup(cleanup::Args),
     Completions(completions::Args),
     Version(version::Args),
@@ -52,6 +54,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => status::run(args),
         Command::Matrix(args) => matrix::run(&args).map_err(|error| error.context(Usage)),
         Command::Render(args) => render::run(args),
+        Command::Trace(args) => trace::run(args),
         Command::Cleanup(args) => cleanup::run(args),
         Command::Completions(args) => completions::run(args),
         Command::Version(args) => version::run(args),

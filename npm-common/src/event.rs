@@ -164,7 +164,20 @@ impl Outcome {
             Self::NoConnection => "no_connection",
         }
     }
+
+    /// Its name, with spaces behind it: all are as long.
+    pub const fn padded(self) -> [u8; NAME_BYTES] {
+        let (name, mut padded, mut at) = (self.name().as_bytes(), [b' '; NAME_BYTES], 0);
+        while at < name.len() {
+            padded[at] = name[at];
+            at += 1;
+        }
+        padded
+    }
 }
+
+/// As long as the longest [`Outcome::name`], in bytes.
+pub const NAME_BYTES: usize = 19;
 
 /// A packet that was dropped, as the ring buffer has it.
 #[repr(C)]
@@ -237,6 +250,7 @@ mod tests {
             assert_eq!(outcome.slot(), slot);
             assert_eq!(Outcome::at(slot), outcome);
             assert!(Outcome::ALL.iter().filter(|other| other.name() == outcome.name()).count() == 1);
+            assert_eq!(core::str::from_utf8(&outcome.padded()).map(str::trim_end), Ok(outcome.name()));
         }
     }
 

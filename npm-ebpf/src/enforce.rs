@@ -46,8 +46,9 @@ fn mode() -> Mode {
     MODE.get(0).map_or(Mode::Enforce, |number| Mode::of(*number))
 }
 
+/// What becomes of a packet.
 #[inline(always)]
-fn judge<R: Read, P: Proofs>(context: &TcContext) -> Outcome {
+pub(crate) fn judge<R: Read, P: Proofs>(context: &TcContext) -> Outcome {
     // SAFETY: the kernel gave the pointer, and keeps what it is to until the program has ended.
     let came_by = unsafe { (*context.skb.skb).ingress_ifindex };
     // What the node itself sends has come in by no interface.

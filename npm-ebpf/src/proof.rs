@@ -168,6 +168,15 @@ extern "C" fn refute_by_mark(skb: *mut __sk_buff, original: *const Tuple, entry:
     0
 }
 
+/// Whether the map says that the connection was judged and allowed.
+#[inline(always)]
+pub(crate) fn is_listed(subject: Subject<'_>) -> bool {
+    match proof(subject) {
+        Proof::Holds | Proof::Listed => true,
+        Proof::None => false,
+    }
+}
+
 /// What the map says of the connection.
 #[inline(always)]
 fn proof(Subject { original, entry, .. }: Subject<'_>) -> Proof {

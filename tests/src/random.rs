@@ -180,6 +180,13 @@ impl SplitMix {
     pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[usize::try_from(self.next() % of.len() as u64).expect("below a length")]
     }
+
+    /// Puts them into another order, every one as likely (Fisher and Yates).
+    pub fn shuffle<T>(&mut self, all: &mut [T]) {
+        for last in (1..all.len()).rev() {
+            all.swap(last, usize::try_from(self.next() % (last as u64 + 1)).expect("an index"));
+        }
+    }
 }
 
 fn text(of: &'static [&'static str]) -> impl Strategy<Value = Arc<str>> + Clone {

@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use aya::EbpfLoader;
+use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, Map, MapData};
 use npm_agent::backend::ebpf::kernel::Kernel;
 use npm_agent::backend::ebpf::maps::{Maps, NAMES, Writes};
@@ -127,6 +128,13 @@ fn many_elements_at_once_are_what_single_ones_are() -> Result<()> {
 
     let some: Vec<V4> = single.keys().copied().step_by(7).collect();
     some.iter().try_for_each(|address| places.remove(address))?;
+    let pinned = |name: &str| MapData::from_pin(pins.0.join(name));
+    let mut networks = LpmTrie::<_, V4, [u32; 2]>::try_from(Map::LpmTrie(pinned("NETWORKS_V4")?))?;
+    let some: Vec<Key<V4>> = networks.keys().step_by(7).collect::<Result<_, _>>()?;
+    some.iter().try_for_each(|prefix| networks.remove(prefix))?;
+    let mut pairs = HashMap::<_, [u8; 20], u32>::try_from(Map::HashMap(pinned("PAIRS_V6")?))?;
+    let some: Vec<[u8; 20]> = pairs.keys().step_by(7).collect::<Result<_, _>>()?;
+    some.iter().try_for_each(|pair| pairs.remove(pair))?;
     maps.apply(&nobody)?;
     ensure!(maps.is_empty() && places_of(&pins)?.keys().next().is_none(), "something is left");
     let differ = pins.adopt()?.held().differences(maps.held());
@@ -160,6 +168,8 @@ fn every_packet_sees_one_goal() {
         let mut kernel = kernel.borrow_mut();
         let (judge, maps) = kernel.apart();
         let fail = |error: String| TestCaseError::fail(error);
+        // As an agent does it, and all that can be in one call.
+        maps.write_at_once_from(if seed % 2 == 0 { 16 } else { 1 });
         maps.apply(&old).map_err(|error| fail(error.to_string()))?;
         let (is_over, count) = (AtomicBool::new(false), AtomicU64::new(0));
         let outcome = std::thread::scope(|scope| {

@@ -32,6 +32,7 @@ pub mod plan;
 pub mod rule;
 pub mod shed;
 mod syscall;
+pub mod trace;
 mod watch;
 pub mod width;
 pub mod words;

@@ -81,9 +81,7 @@ impl Path {
             self.lane.sender().send(&there)?;
         }
         let spent = self.lane.spent()?.context("no program")?.since(began);
-        let runs = spent.runs;
-        // Neighbour discovery and its likes go there too, a few.
-        ensure!((count.into()..=u64::from(count) + 10).contains(&runs), "{runs} runs for {count} packets");
+        spent.expect(count.into())?;
         if let (Some(before), Some(now)) = (proven, self.proven()?) {
             ensure!(now - before == u64::from(count), "{} of {count} packets were proven", now - before);
         }

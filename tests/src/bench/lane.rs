@@ -35,6 +35,7 @@ use crate::lab::packet::{self, Ends, IpSender, Segment};
 use crate::lab::service::Dialect;
 use crate::lab::{Host, Lab, Spec};
 use crate::programs;
+use crate::random::SplitMix;
 use crate::statistics::Statistics;
 
 /// Where the node sends everything: to the sink, which has this address on paper only.
@@ -214,6 +215,9 @@ impl Drop for Lane {
     }
 }
 
+/// Packets that go before those that are timed: what is cold because another lane was measured before is not the lane's own.
+const LEAD: usize = 64;
+
 /// Sends batches from one CPU.
 pub struct Clock {
     /// Of the kernel's thread that does this CPU's softirqs when there are too many.
@@ -248,15 +252,19 @@ impl Clock {
         Ok(Duration::from(own) + Duration::from(other))
     }
 
-    /// The CPU time of one packet of a batch, and checks that all arrive, or none.
+    /// The CPU time of one packet of a batch, of which the first [`LEAD`] are not timed, and checks that all arrive, or none.
     ///
     /// # Errors
     /// A packet can't be sent; too few or too many arrive: then the time is not that of what was asked.
     pub fn time(&self, lane: &mut Lane, (kind, flows): (Kind, &[Flow]), count: usize) -> Result<Duration> {
         let packets = lane.packets(flows, count)?;
+        let (lead, timed) = packets.split_at(LEAD.min(count / 2));
         let before = lane.arrived()?;
+        for packet in lead {
+            lane.sender.send(packet)?;
+        }
         let began = self.now()?;
-        for packet in &packets {
+        for packet in timed {
             lane.sender.send(packet)?;
         }
         let took = self.now()?.saturating_sub(began);
@@ -272,21 +280,25 @@ impl Clock {
             lane.name
         );
         lane.forget_connections()?;
-        Ok(took / u32::try_from(count)?)
+        Ok(took / u32::try_from(timed.len())?)
     }
 }
 
 /// The median, of at least one.
-pub fn median<T: PartialOrd + Copy>(mut numbers: Vec<T>) -> Option<T> {
-    quartiles(&mut numbers).map(|[_, median, _]| median)
+pub fn median(numbers: &[f64]) -> Option<f64> {
+    interval(numbers).map(|[_, median, _]| median)
 }
 
-/// A quarter is below the first, half below the second, three quarters below the third. Of at least one.
-pub fn quartiles<T: PartialOrd + Copy>(numbers: &mut [T]) -> Option<[T; 3]> {
-    // What is no number is equal to all.
-    numbers.sort_by(|one, other| one.partial_cmp(other).unwrap_or(std::cmp::Ordering::Equal));
-    let at = |quarter: usize| numbers.get(numbers.len() * quarter / 4).copied();
-    Some([at(1)?, at(2)?, at(3)?])
+/// The median in the middle; left and right of it what it is between with a probability of 95 of 100, whatever the numbers are
+/// distributed like (the normal approximation to the ranks' binomial distribution). Of at least one.
+pub fn interval(numbers: &[f64]) -> Option<[f64; 3]> {
+    let mut sorted = numbers.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let count = sorted.len();
+    let last = count.checked_sub(1)?;
+    let low = (((count as f64 - 1.96 * (count as f64).sqrt()) / 2.0).max(0.0)) as usize;
+    let at = |index: usize| sorted.get(index).copied();
+    Some([at(low)?, (at(last / 2)? + at(count / 2)?) / 2.0, at(last - low)?])
 }
 
 /// What was measured, by kind and family; one number for each round, in their order.
@@ -303,19 +315,22 @@ pub struct Course<'a> {
 /// What one packet takes.
 #[derive(Clone, Debug, Default)]
 pub struct Times {
-    /// CPU time of its way through the lane.
-    pub way: Series<Duration>,
+    /// CPU time of its way through the lane, in seconds.
+    pub way: Series<f64>,
     /// Of that, by the kernel's count, the time of the program at the node's way out, in nanoseconds. In rounds of their own:
     /// counting takes time. Empty: there is no program.
     pub program: Series<f64>,
 }
 
-/// Measures all lanes in turn, so many rounds: what disturbs one disturbs the others.
+/// Measures all lanes in turn, so many rounds, in another order each time: who comes next finds the caches as who came before has
+/// left them. What disturbs one disturbs the others.
 ///
 /// # Errors
 /// As [`Clock::time`].
 pub fn measure(courses: &mut [Course<'_>], rounds: u32, count: usize) -> Result<Vec<Times>> {
     let mut times = vec![Times::default(); courses.len()];
+    let mut numbers = SplitMix(1);
+    let mut order: Vec<usize> = (0..courses.len()).collect();
     crate::lab::netns::on_fresh_thread(|| {
         let mut statistics = Statistics::hold()?;
         statistics.set(Timekeeping::Off)?;
@@ -323,11 +338,13 @@ pub fn measure(courses: &mut [Course<'_>], rounds: u32, count: usize) -> Result<
         // The first round warms up: neighbours, caches.
         for round in 0..=rounds {
             for class in classes(courses) {
-                for (Course { lane, flows }, times) in courses.iter_mut().zip(&mut times) {
+                numbers.shuffle(&mut order);
+                for index in &order {
+                    let Course { lane, flows } = &mut courses[*index];
                     let Some(flows) = flows.get(&class) else { continue };
                     let time = clock.time(lane, (class.0, flows), count)?;
                     if round > 0 {
-                        times.way.entry(class).or_default().push(time);
+                        times[*index].way.entry(class).or_default().push(time.as_secs_f64());
                     }
                 }
             }
@@ -335,12 +352,15 @@ pub fn measure(courses: &mut [Course<'_>], rounds: u32, count: usize) -> Result<
         statistics.set(Timekeeping::On)?;
         for _ in 0..rounds {
             for class in classes(courses) {
-                for (Course { lane, flows }, times) in courses.iter_mut().zip(&mut times) {
+                numbers.shuffle(&mut order);
+                for index in &order {
+                    let Course { lane, flows } = &mut courses[*index];
                     let Some(flows) = flows.get(&class) else { continue };
                     let Some(began) = lane.spent()? else { continue };
                     clock.time(lane, (class.0, flows), count)?;
-                    let spent = lane.spent()?.context("the program is gone")?;
-                    times.program.entry(class).or_default().push(spent.since(began).per_run());
+                    let spent = lane.spent()?.context("the program is gone")?.since(began);
+                    spent.expect(count as u64)?;
+                    times[*index].program.entry(class).or_default().push(spent.per_run());
                 }
             }
         }
@@ -358,7 +378,7 @@ fn classes(courses: &[Course<'_>]) -> BTreeSet<(Kind, Family)> {
 pub(super) struct Spent {
     nanoseconds: u128,
     /// How often it ran.
-    pub(super) runs: u64,
+    runs: u64,
 }
 
 impl Spent {
@@ -376,8 +396,32 @@ impl Spent {
         Self { nanoseconds: self.nanoseconds - earlier.nanoseconds, runs: self.runs - earlier.runs }
     }
 
+    /// Checks that it ran for each of so many packets. Neighbour discovery and its likes pass it too, a few.
+    ///
+    /// # Errors
+    /// It ran otherwise, or nobody counts: then the mean says nothing.
+    pub(super) fn expect(self, packets: u64) -> Result<()> {
+        let runs = self.runs;
+        ensure!((packets..=packets + 10).contains(&runs), "{runs} runs for {packets} packets");
+        Ok(())
+    }
+
     /// The mean of a run, in nanoseconds.
     pub(super) fn per_run(self) -> f64 {
         self.nanoseconds as f64 / self.runs as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interval_is_of_ranks() {
+        let numbers: Vec<f64> = (0..61).rev().map(f64::from).collect();
+        assert_eq!(interval(&numbers), Some([22.0, 30.0, 38.0]));
+        assert_eq!(interval(&[3.0, 1.0]), Some([1.0, 2.0, 3.0]));
+        assert_eq!((interval(&[5.0]), interval(&[])), (Some([5.0; 3]), None));
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
     }
 }

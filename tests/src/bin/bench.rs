@@ -30,7 +30,7 @@ use npm_policy::model::Protocol;
 use npm_tests::bench::cluster::{Cluster, LOCAL_PODS as CLUSTER_LOCAL_PODS, NAMESPACES, PODS};
 use npm_tests::bench::control::{self, Events, Figures, Memory, Plan};
 use npm_tests::bench::established::{established_times, options, pinned};
-use npm_tests::bench::lane::{Course, Lane, Series, Times, measure, median, quartiles};
+use npm_tests::bench::lane::{Course, Lane, Series, Times, interval, measure, median};
 use npm_tests::bench::runs::{MapMemory, maps, verdict_times};
 use npm_tests::bench::world::{BenchWorld, Kind, LOCAL_PODS, NODE, Size, all_flows};
 use npm_tests::lab::service::Dialect;
@@ -82,9 +82,9 @@ struct Arguments {
     #[arg(long, default_value_t = 2000)]
     other_pods: u32,
     /// Rounds of which the median (packets) or the best (runs) counts
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 21)]
     rounds: u32,
-    /// Packets a batch
+    /// Packets a batch; the first 64 are not timed
     #[arg(long, default_value_t = 300)]
     packets: usize,
     /// Which flows are taken
@@ -405,7 +405,7 @@ fn new_flows(stages: &[Stage], arguments: &Arguments) -> Result<()> {
         .collect();
     println!(
         "\nCPU time of a new flow through a node, us: median of {} batches of {} (least to most); times no policy in the \
-         same round: median (a quarter below, a quarter above)",
+         same round: median (between what it is with 95 of 100)",
         arguments.rounds, arguments.packets
     );
     for stage in stages {
@@ -424,33 +424,32 @@ fn new_flows(stages: &[Stage], arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn line(way: &[Duration], bare: &[Duration]) -> Result<String> {
-    let micros = |time: Duration| time.as_secs_f64() * 1e6;
-    let is = median(way.to_vec()).context("no batch")?;
-    let [least, most] = [way.iter().min(), way.iter().max()].map(|time| time.copied().unwrap_or(is));
-    let [quarter, half, three] = quartiles(&mut ratios(way, bare)).context("no batch")?;
-    Ok(format!(
-        "{:.2} ({:.2} to {:.2}), {half:.2} x ({quarter:.2}, {three:.2})",
-        micros(is),
-        micros(least),
-        micros(most)
-    ))
+fn line(way: &[f64], bare: &[f64]) -> Result<String> {
+    let is = median(way).context("no batch")?;
+    let [least, most] = [way.iter().copied().reduce(f64::min), way.iter().copied().reduce(f64::max)]
+        .map(|time| time.unwrap_or(is) * 1e6);
+    let ratio = interval(&ratios(way, bare)).context("no batch")?;
+    Ok(format!("{:.2} ({least:.2} to {most:.2}), {}", is * 1e6, told(ratio)))
 }
 
 /// Round by round.
-fn ratios(way: &[Duration], other: &[Duration]) -> Vec<f64> {
-    way.iter().zip(other).map(|(one, other)| one.as_secs_f64() / other.as_secs_f64()).collect()
+fn ratios(way: &[f64], other: &[f64]) -> Vec<f64> {
+    way.iter().zip(other).map(|(one, other)| one / other).collect()
+}
+
+fn told([low, median, high]: [f64; 3]) -> String {
+    format!("{median:.2} ({low:.2}-{high:.2})")
 }
 
 /// What a new flow costs more with many policies than with the fewest.
 fn growth(rows: &[Row]) {
     let Some(fewest) = rows.iter().map(|row| row.policies).min() else { return };
     println!(
-        "\nCPU time of a new flow, times that of the same row with {fewest} in the same round (median)\n"
+        "\nCPU time of a new flow, times that of the same row with {fewest} in the same round: median (between what it is with 95 of 100)\n"
     );
     by_policies(rows, |row, first, class| {
         let (way, first) = (row.times.way.get(&class)?, first.times.way.get(&class)?);
-        Some(format!("{:.2}", median(ratios(way, first))?))
+        Some(told(interval(&ratios(way, first))?))
     });
 }
 
@@ -460,16 +459,14 @@ fn programs_time(rows: &[Row]) {
         "\nOf that the program itself, by the kernel's count (kernel.bpf_stats), ns (median); counting is in it: see the \
          empty program\n"
     );
-    by_policies(rows, |row, _, class| {
-        Some(format!("{:.0}", median(row.times.program.get(&class)?.clone())?))
-    });
+    by_policies(rows, |row, _, class| Some(format!("{:.0}", median(row.times.program.get(&class)?)?)));
 }
 
 /// A line for each filter and class, a column for each number of policies.
 fn by_policies(rows: &[Row], cell: impl Fn(&Row, &Row, (Kind, Family)) -> Option<String>) {
     let numbers: BTreeSet<u32> = rows.iter().map(|row| row.policies).collect();
     print!("{:<28}", "policies");
-    numbers.iter().for_each(|number| print!("{number:>9}"));
+    numbers.iter().for_each(|number| print!("{number:>18}"));
     println!();
     for filter in Filter::ALL {
         let mut of_filter: Vec<&Row> = rows.iter().filter(|row| row.filter == filter).collect();
@@ -484,7 +481,7 @@ fn by_policies(rows: &[Row], cell: impl Fn(&Row, &Row, (Kind, Family)) -> Option
                 continue;
             }
             print!("{:<18}{:<10}", filter.name(), format!("{:?} {:?}", class.0, class.1));
-            cells.iter().for_each(|cell| print!("{:>9}", cell.as_deref().unwrap_or("-")));
+            cells.iter().for_each(|cell| print!("{:>18}", cell.as_deref().unwrap_or("-")));
             println!();
         }
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::{
     AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, SockaddrStorage, recvfrom, socket,
@@ -106,6 +106,7 @@ impl Responder {
         &mut self,
         wanted: impl Iterator<Item = (usize, &'a Netns, &'a [IpAddr], Protocol, u16)>,
     ) -> Result<()> {
+        ensure!(self.thread.is_some(), "nobody answers any more");
         let new: Vec<_> = wanted
             .filter(|(index, _, _, protocol, port)| self.open.insert((*index, *protocol, *port)))
             .collect();
@@ -151,6 +152,7 @@ impl Responder {
             eprintln!("the responder panicked");
         }
         lock(&self.shared.ears).clear();
+        self.open.clear();
     }
 }
 

@@ -61,6 +61,11 @@ impl AnyMaps {
         }
     }
 
+    /// [`Maps::write_at_once_from`].
+    pub fn write_at_once_from(&mut self, least: usize) {
+        either!(self, maps => maps.write_at_once_from(least));
+    }
+
     /// [`Maps::is_empty`].
     pub fn is_empty(&self) -> bool {
         either!(self, maps => maps.is_empty())

@@ -25,6 +25,9 @@ use crate::escape::{Board, Escape, egress_filters, has_egress_hook};
 use crate::interfaces::select::{Need, Selection};
 use crate::interfaces::{Index, Interface};
 
+/// The program that tells of packets and judges nothing.
+pub(super) const TRACE: &str = "trace";
+
 /// The filter's priority: before all others.
 const PRIORITY: u16 = 1;
 /// The filter's handle: "np", so that nobody else's is taken for ours.
@@ -266,8 +269,8 @@ impl Places {
                 }
             }
         }
-        // What an earlier process of ours has attached in another way judges as well.
-        before.retain(|name| !ENTRIES.contains(&name.as_str()));
+        // What an earlier process of ours has attached in another way judges as well; what traces lets everything go on.
+        before.retain(|name| !ENTRIES.contains(&name.as_str()) && name != TRACE);
         Ok(before)
     }
 

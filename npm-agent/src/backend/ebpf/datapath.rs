@@ -23,7 +23,7 @@ use super::width::Width;
 const SHARED: [&str; 4] = [PROOFS, "DENIED", "OUTCOME", "MODE"];
 
 /// What every program knows of connections that were allowed.
-const PROOFS: &str = "PROOFS";
+pub(super) const PROOFS: &str = "PROOFS";
 /// What serves programs that keep proofs in maps; it goes with them.
 pub(super) const RECENT: &str = "RECENT";
 
@@ -41,6 +41,9 @@ pub(super) struct Settings<'a> {
     /// The bit of connections' marks that is the proof.
     pub(super) proof: ProofBit,
 }
+
+/// Where aya-log puts what programs tell as text.
+pub(super) const TEXT: &str = "AYA_LOGS";
 
 /// Bytes of a ring buffer that nothing is written to: as few as the kernel takes.
 const LEAST_RING: u32 = 4096;
@@ -109,6 +112,8 @@ impl Datapath {
         if choice.drops == Drops::Counted {
             loader.map_max_entries(EVENTS, LEAST_RING);
         }
+        // For `trace` alone.
+        loader.map_max_entries(TEXT, LEAST_RING);
         let small = match proofs {
             Proofs::Maps => small_proofs(pins).map_err(KernelError::Maps)?,
             Proofs::Kfuncs => None,

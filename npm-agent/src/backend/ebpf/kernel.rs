@@ -13,7 +13,7 @@ use npm_policy::goal::Goal;
 use super::any_maps::AnyMaps;
 use super::attach::AttachError;
 use super::btf::BtfError;
-use super::datapath::{LEAST_PROOFS, RECENT};
+use super::datapath::{LEAST_PROOFS, RECENT, TEXT};
 use super::denials::EVENTS;
 use super::maps::{ApplyError, MapsError, Writes};
 use super::packet::opening;
@@ -121,6 +121,7 @@ impl Kernel {
         loader.map_max_entries("PROOFS", LEAST_PROOFS);
         loader.map_max_entries(RECENT, 1);
         loader.map_max_entries(EVENTS, LEAST_PROOFS);
+        loader.map_max_entries(TEXT, LEAST_PROOFS);
         let mut ebpf = loader.load(width.object()).map_err(|error| permitted(error, KernelError::Object))?;
         let program = ebpf.program_mut(VERDICT).ok_or(KernelError::Missing { name: VERDICT })?;
         let program: &mut SchedClassifier = program.try_into().map_err(KernelError::Program)?;

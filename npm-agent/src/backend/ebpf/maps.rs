@@ -132,6 +132,7 @@ pub struct Maps<const W: usize> {
     /// Whether what is held is what was read or written last without an error.
     is_known: bool,
     grace: Grace,
+    least_at_once: usize,
 }
 
 /// Gives maps by their names.
@@ -176,9 +177,15 @@ impl<const W: usize> Maps<W> {
             lowering: Lowering::default(),
             is_known: false,
             grace: Grace::new().map_err(MapsError::Grace)?,
+            least_at_once: LEAST_AT_ONCE,
         };
         maps.read_back()?;
         Ok(maps)
+    }
+
+    /// So many writes to one map are one call from here on, where they follow each other: for tests, which write few.
+    pub fn write_at_once_from(&mut self, least: usize) {
+        self.least_at_once = least;
     }
 
     /// What the maps hold, as last read or written.
@@ -314,12 +321,15 @@ impl<const W: usize> Maps<W> {
                 }
                 some => {
                     let some: Vec<&Write<W>> = some.iter().filter_map(Step::write).collect();
-                    if some.len() < LEAST_AT_ONCE {
-                        some.iter().try_for_each(|write| self.write(write))?;
+                    if some.len() < self.least_at_once {
+                        for write in &some {
+                            self.write(write)?;
+                            self.held.write(write);
+                        }
                     } else {
                         self.write_all(&some)?;
+                        some.iter().for_each(|write| self.held.write(write));
                     }
-                    some.iter().for_each(|write| self.held.write(write));
                     writes.entries += some.len();
                 }
             }
