@@ -1,7 +1,7 @@
 //! What the eBPF backend knows of itself that lets traffic escape: it is on the board while it is so, and packets show it
 //! where that is possible.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use aya::programs::LinkOrder;
 use aya::programs::tc::{NlOptions, TcAttachOptions, TcHandle};
 use npm_agent::backend::Backend;
@@ -106,6 +106,77 @@ fn an_interface_without_the_program() -> Result<()> {
     stage.verify()?;
     assert_eq!(stage.board.current(), []);
     assert_eq!(stage.reach_a()?, Outcome::Blocked);
+    Ok(())
+}
+
+/// A refusal does not last longer than its reason: the next goal, which may come long before the next read-back, tries again.
+#[test]
+fn a_refused_interface_is_tried_again_with_each_goal() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let mut stage = Stage::build("tcx")?;
+    let node = stage.node()?;
+    // As many as the kernel takes at one place.
+    let last = || TcAttachOptions::TcxOrder(LinkOrder::last());
+    let mut others = Vec::new();
+    while let Ok(other) = Other::attach(&node, "veth0", last()) {
+        others.push(other);
+        ensure!(others.len() <= 100, "the kernel takes any number of programs");
+    }
+    ensure!(others.len() > 10, "{} programs fill an interface", others.len());
+    for _ in 0..2 {
+        ensure!(stage.apply().is_err(), "an interface that refuses is a failure as well");
+        let [(Effect::Unjudged, Escape::WithoutProgram { interface, .. })] = &stage.board.current()[..]
+        else {
+            bail!("{:?}", stage.board.current());
+        };
+        ensure!(interface == "veth0", "{interface}");
+    }
+    ensure!(stage.reach_a()? != Outcome::Blocked, "the reason is real");
+    others.pop().context("a program")?.detach(&node)?;
+    stage.apply()?;
+    ensure!(stage.board.current() == [], "{:?}", stage.board.current());
+    ensure!(stage.reach_a()? == Outcome::Blocked, "the interface is judged again");
+    others.into_iter().try_for_each(|other| other.detach(&node))
+}
+
+/// Programs with wider rows are loaded for a goal while one interface refuses any: all others go over to them at once, and that one
+/// when it takes one.
+#[test]
+fn a_refusal_does_not_keep_others_from_wider_rows() -> Result<()> {
+    if !require_root() {
+        return Ok(());
+    }
+    let mut stage = Stage::build("clsact")?;
+    let node = stage.node()?;
+    node.exec("tc", &["qdisc", "add", "dev", "veth1", "ingress"])?;
+    ensure!(stage.apply().is_err(), "veth1 takes a program");
+    ensure!(stage.reach_a()? == Outcome::Blocked, "the other interface has its program");
+
+    // More peers than narrow rows have bits; the last allows what is tried.
+    let peers = |number: u32| format!("{{podSelector: {{matchLabels: {{app: p{number}}}}}}}");
+    let peers: Vec<String> =
+        (0..1100).map(peers).chain(["{podSelector: {matchLabels: {app: b}}}".into()]).collect();
+    let policy = format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: many, namespace: x}}\n\
+         spec: {{podSelector: {{matchLabels: {{app: a}}}}, policyTypes: [Ingress], ingress: [{{from: [{}]}}]}}\n",
+        peers.join(", ")
+    );
+    stage.goal = compile(&world(&policy)?, "node-a").0;
+    ensure!(stage.apply().is_err(), "veth1 takes a program");
+    ensure!(stage.reach_a()? == Outcome::Answered, "veth0 is judged by the wide rows");
+    stage.goal = compile(&world(CLOSED)?, "node-a").0;
+    ensure!(stage.apply().is_err(), "veth1 takes a program");
+    ensure!(stage.reach_a()? == Outcome::Blocked, "veth0 is judged by the maps that are written");
+
+    node.exec("tc", &["qdisc", "del", "dev", "veth1", "ingress"])?;
+    stage.apply()?;
+    ensure!(stage.board.current() == [], "{:?}", stage.board.current());
+    for _ in 0..2 {
+        stage.verify()?;
+        ensure!(stage.reach_a()? == Outcome::Blocked, "still");
+    }
     Ok(())
 }
 
