@@ -299,14 +299,7 @@ impl Settings {
     /// # Errors
     /// A named file is not there, the file can't be understood, or something needed is said nowhere.
     pub fn load(flags: Flags, host: &HostNames) -> Result<Self, ConfigError> {
-        let path = match &flags.config {
-            Some(path) => Some(path.clone()),
-            None => DEFAULT_FILES.iter().map(PathBuf::from).find(|path| path.exists()),
-        };
-        let file = match &path {
-            Some(path) => File::read(path)?,
-            None => File::default(),
-        };
+        let (file, path) = read_file(flags.config.clone())?;
         Self::resolve(flags, file, path, host)
     }
 
@@ -355,6 +348,16 @@ impl Settings {
             notices: file.notices,
         })
     }
+}
+
+/// What the config file says that is named, or else the one in the default place, and where it is; nothing if there is none.
+///
+/// # Errors
+/// As [`File::read`].
+pub(crate) fn read_file(named: Option<PathBuf>) -> Result<(File, Option<PathBuf>), ConfigError> {
+    let path = named.or_else(|| DEFAULT_FILES.iter().map(PathBuf::from).find(|path| path.exists()));
+    let file = path.as_deref().map(File::read).transpose()?;
+    Ok((file.unwrap_or_default(), path))
 }
 
 /// The status socket of an instance for which no other is named.

@@ -7,7 +7,7 @@
 //! - `read_ethernet` and `read_network` say what was read of a packet's headers: tests run them.
 //! - `verdict` says what the maps say of a packet's headers. It is run by BPF_PROG_TEST_RUN and never attached: what it
 //!   returns is a code of npm_common::decide and no action.
-//! - `trace` says of each packet what it is and what the maps say of it, as text, and lets it pass.
+//! - `npm_trace` says of each packet what it is and what the maps say of it, as text, and lets it pass.
 //! - `enforce_*` and `mark_*` drop what policies deny, at TC egress: one program for each way to read the kernel's
 //!   connections and each place of proofs, of which one is loaded.
 #![no_std]
@@ -93,7 +93,7 @@ pub fn verdict(context: TcContext) -> i32 {
 
 /// Tells of the packet, and lets the next program decide.
 #[classifier]
-pub fn trace(context: TcContext) -> i32 {
+pub fn npm_trace(context: TcContext) -> i32 {
     trace::trace(&context);
     TC_ACT_UNSPEC
 }

@@ -5,13 +5,15 @@
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::info;
-use npm_common::conntrack::State;
+use npm_common::conntrack::{FAMILY_V4, FAMILY_V6, State, Tuple, entry_of};
 use npm_common::event::{NAME_BYTES, Outcome};
 use npm_common::packet::{Family, Headers, ParseError, Ports, Protocol};
 
-use crate::conntrack::{ByProbe, Read};
+use crate::conntrack::{ByProbe, Read, Which};
 use crate::enforce::judge;
 use crate::entry;
 use crate::proof::{Proofs, Subject, is_listed};
@@ -54,6 +56,10 @@ impl Proofs for Seen {
     fn refute(_: Subject<'_>, _: State) {}
 }
 
+/// Packets that were looked for and found, told or not.
+#[map]
+static TRACED: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
 /// Tells of a packet, if it is looked for. What is not IP, or does not hold its addresses, is nobody's.
 #[inline(always)]
 pub(crate) fn trace(context: &TcContext) {
@@ -63,37 +69,87 @@ pub(crate) fn trace(context: &TcContext) {
         Ok(()) | Err(_) if !headers.has_addresses() => return,
         Ok(()) | Err(_) => {}
     }
-    if is_looked_for(&headers) {
-        let outcome = judge::<ByProbe, Seen>(context);
-        tell(context.skb.skb, &headers, outcome.slot());
+    if !is_looked_for(&headers) {
+        let Some(nfct) = ByProbe::nfct(context) else { return };
+        if is_connection_looked_for(entry_of(nfct)) == 0 {
+            return;
+        }
     }
+    if let Some(count) = TRACED.get_ptr_mut(0) {
+        // SAFETY: the kernel gave the pointer to this CPU's value, and no other program of this CPU runs meanwhile.
+        unsafe { *count += 1 };
+    }
+    let outcome = judge::<ByProbe, Seen>(context);
+    tell(context.skb.skb, &headers, outcome.slot());
+}
+
+/// Whether the packet's own addresses and ports are.
+#[inline(always)]
+fn is_looked_for(headers: &Headers) -> bool {
+    let is_port = match (TRACE_PORT.load(), headers.ports()) {
+        (0, _) => true,
+        (port, Some(Ports { source, destination })) => source == port || destination == port,
+        (_, None) => false,
+    };
+    let is_address = match headers.family() {
+        Family::V4 => {
+            let (source, destination) = headers.v4();
+            is_v4(source) || is_v4(destination)
+        }
+        Family::V6 => {
+            let (source, destination) = headers.v6();
+            is_v6(source) || is_v6(destination)
+        }
+    };
+    is_port && (is_address || TRACE_VERSION.load() == 0)
 }
 
 #[inline(always)]
-fn is_looked_for(headers: &Headers) -> bool {
-    let port = TRACE_PORT.load();
-    let is_port = |Ports { source, destination }: Ports| source == port || destination == port;
-    if port != 0 && !headers.ports().is_some_and(is_port) {
-        return false;
+fn is_v4(address: [u8; 4]) -> bool {
+    TRACE_VERSION.load() == 4 && u32::from_ne_bytes(address) == TRACE_ADDRESS_FIRST.load() as u32
+}
+
+#[inline(always)]
+fn is_v6(address: [u8; 16]) -> bool {
+    let [a, b, c, d, e, f, g, h, rest @ ..] = address;
+    TRACE_VERSION.load() == 6
+        && u64::from_ne_bytes([a, b, c, d, e, f, g, h]) == TRACE_ADDRESS_FIRST.load()
+        && u64::from_ne_bytes(rest) == TRACE_ADDRESS_SECOND.load()
+}
+
+/// 1: those of the packet's connection are, before or behind a translation.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn is_connection_looked_for(entry: u64) -> u32 {
+    if entry == 0 {
+        return 0;
     }
-    let (first, second) = (TRACE_ADDRESS_FIRST.load(), TRACE_ADDRESS_SECOND.load());
-    match (TRACE_VERSION.load(), headers.family()) {
-        (0, _) => true,
-        (4, Family::V4) => {
-            let (source, destination) = headers.v4();
-            let is = |address: [u8; 4]| u32::from_ne_bytes(address) == first as u32;
-            is(source) || is(destination)
+    let mut tuple = Tuple::default();
+    for which in [Which::Original, Which::Reply] {
+        if ByProbe::tuple(entry, which, &mut tuple).is_some() && is_tuple_looked_for(&tuple) {
+            return 1;
         }
-        (6, Family::V6) => {
-            let (source, destination) = headers.v6();
-            let is = |address: [u8; 16]| {
-                let [a, b, c, d, e, f, g, h, rest @ ..] = address;
-                u64::from_ne_bytes([a, b, c, d, e, f, g, h]) == first && u64::from_ne_bytes(rest) == second
-            };
-            is(source) || is(destination)
+    }
+    0
+}
+
+#[inline(always)]
+fn is_tuple_looked_for(tuple: &Tuple) -> bool {
+    let is_port = match TRACE_PORT.load() {
+        0 => true,
+        port => {
+            Protocol(tuple.protocol).has_ports()
+                && (u16::from_be_bytes(tuple.source_port) == port
+                    || u16::from_be_bytes(tuple.destination_port) == port)
         }
+    };
+    let short = |[a, b, c, d, ..]: [u8; 16]| [a, b, c, d];
+    let is_address = match tuple.family {
+        FAMILY_V4 => is_v4(short(tuple.source)) || is_v4(short(tuple.destination)),
+        FAMILY_V6 => is_v6(tuple.source) || is_v6(tuple.destination),
         _ => false,
-    }
+    };
+    is_port && (is_address || TRACE_VERSION.load() == 0)
 }
 
 /// A function of its own for its stack, as those of `enforce` are.

@@ -136,7 +136,7 @@ fn a_refused_interface_is_tried_again_with_each_goal() -> Result<()> {
     ensure!(stage.reach_a()? != Outcome::Blocked, "the reason is real");
     others.pop().context("a program")?.detach(&node)?;
     stage.apply()?;
-    ensure!(stage.board.current() == [], "{:?}", stage.board.current());
+    ensure!(stage.board.current().is_empty(), "{:?}", stage.board.current());
     ensure!(stage.reach_a()? == Outcome::Blocked, "the interface is judged again");
     others.into_iter().try_for_each(|other| other.detach(&node))
 }
@@ -172,7 +172,7 @@ fn a_refusal_does_not_keep_others_from_wider_rows() -> Result<()> {
 
     node.exec("tc", &["qdisc", "del", "dev", "veth1", "ingress"])?;
     stage.apply()?;
-    ensure!(stage.board.current() == [], "{:?}", stage.board.current());
+    ensure!(stage.board.current().is_empty(), "{:?}", stage.board.current());
     for _ in 0..2 {
         stage.verify()?;
         ensure!(stage.reach_a()? == Outcome::Blocked, "still");

@@ -26,7 +26,7 @@ use crate::interfaces::select::{Need, Selection};
 use crate::interfaces::{Index, Interface};
 
 /// The program that tells of packets and judges nothing.
-pub(super) const TRACE: &str = "trace";
+pub(super) const TRACE: &str = "npm_trace";
 
 /// The filter's priority: before all others.
 const PRIORITY: u16 = 1;
@@ -303,6 +303,14 @@ impl Places {
         link.pin(&path).map_err(|source| AttachError::Link { name: name(), source: Box::new(source) })?;
         Ok(())
     }
+}
+
+/// Whether the program is there as a filter, as it is before 6.6 or where that is forced.
+///
+/// # Errors
+/// The kernel does not let itself be asked.
+pub(super) fn has_program(index: Index) -> io::Result<bool> {
+    Ok(egress_filters(index)?.iter().any(|(handle, _)| *handle == HANDLE_NUMBER))
 }
 
 /// An error with its causes.

@@ -82,9 +82,13 @@ impl Pins {
     /// # Errors
     /// There is none, and it can't be mounted.
     pub fn of(instance: &str) -> Result<Self, PinsError> {
-        let root = Path::new(BPF_FILE_SYSTEM);
-        mount_once(root)?;
-        Ok(Self { instance: root.join(OURS).join(instance.replace('.', "_")) })
+        mount_once(Path::new(BPF_FILE_SYSTEM))?;
+        Ok(Self::as_they_are(instance))
+    }
+
+    /// The same to look at what an agent has left: nothing is made or mounted.
+    pub fn as_they_are(instance: &str) -> Self {
+        Self { instance: Path::new(BPF_FILE_SYSTEM).join(OURS).join(instance.replace('.', "_")) }
     }
 
     /// Of all instances that work in the calling thread's network namespace, of whatever version.
