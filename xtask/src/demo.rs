@@ -55,18 +55,17 @@ pub(crate) fn bench(tree: &Tree, arguments: &[OsString]) -> Result<ExitCode> {
             "the benchmark makes network namespaces and needs root: sudo -E env PATH=\"$PATH\" cargo xtask bench"
         );
     }
-    let bench = ["build", "--locked", "--package", "npm-tests", "--bin", "bench"];
-    let profile = if arguments.first().is_some_and(|first| first == "control") {
-        // What is measured is the agent, as it is shipped.
-        let processes = ["--bin", "apiserver", "--package", "npm-agent", "--bin", "npm-agent", "--release"];
-        tree.cargo().args(bench).args(processes).run(&Sink::Terminal)?;
-        "release"
-    } else {
-        // What is measured is the kernel's time: the dev profile serves, and is built already for the tests.
-        tree.cargo().args(bench).run(&Sink::Terminal)?;
-        "debug"
-    };
-    let program = tree.target.join(profile).join("bench");
+    // In the release profile, both: what sends packets is in their time, a little.
+    let release = ["build", "--locked", "--release"];
+    let (bench, server) =
+        (["--package", "npm-tests", "--bin", "bench"], ["--package", "npm-tests", "--bin", "apiserver"]);
+    tree.cargo().args(release).args(bench).run(&Sink::Terminal)?;
+    if arguments.first().is_some_and(|first| first == "control") {
+        tree.cargo().args(release).args(server).run(&Sink::Terminal)?;
+        // What is measured is the agent as it is shipped: built for itself, without what tests want of its dependencies.
+        tree.cargo().args(release).args(["--package", "npm-agent"]).run(&Sink::Terminal)?;
+    }
+    let program = tree.target.join("release/bench");
     let status = Program::new(program).current_dir(&tree.root).args(arguments).status(&Sink::Terminal)?;
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
