@@ -8,6 +8,7 @@ use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfLoader};
 use nix::time::{ClockId, clock_gettime};
 use npm_agent::backend::ebpf::btf::Offsets;
+use npm_agent::backend::ebpf::choice::Drops;
 use npm_agent::backend::ebpf::width::Width;
 use object::read::elf::ElfFile64;
 use object::{Endianness, Object, ObjectSection, ObjectSymbol, RelocationTarget, SymbolKind};
@@ -42,9 +43,15 @@ pub fn object() -> Result<Ebpf> {
 }
 
 fn object_of(width: Width) -> Result<Ebpf> {
+    object_that(width, Drops::Counted)
+}
+
+fn object_that(width: Width, drops: Drops) -> Result<Ebpf> {
     let kernel = Offsets::of_this_kernel().context("asking the kernel for its types")?;
+    let tell = u32::from(drops == Drops::Told);
     let mut loader = EbpfLoader::new();
     kernel.tell(&mut loader);
+    loader.override_global("TELL", &tell, true);
     loader.load(&bytes(width, &kernel)).context("loading the object")
 }
 
@@ -62,18 +69,21 @@ pub fn names(ebpf: &Ebpf) -> Vec<String> {
     ebpf.programs().map(|(name, _)| name.to_owned()).collect()
 }
 
-/// Every program's cost, those of the wide object under `wide/`.
+/// Every program's cost, those of the wide object under `wide/`; those that tell of what they drop apart (`--log-denied flows`).
 ///
 /// # Errors
 /// The kernel refuses one, or does not say (before Linux 5.16 it has no count of verified instructions).
 pub fn costs() -> Result<BTreeMap<String, Cost>> {
     let kernel = Offsets::of_this_kernel().context("asking the kernel for its types")?;
     let mut costs = BTreeMap::new();
-    for width in Width::BOTH {
-        let mut ebpf = object_of(width)?;
+    let all = Width::BOTH.map(|width| [(width, Drops::Counted), (width, Drops::Told)]);
+    for (width, drops) in all.into_iter().flatten() {
+        let mut ebpf = object_that(width, drops)?;
         let text = bytes(width, &kernel);
         let text = Text::of(&text)?;
-        for name in names(&ebpf) {
+        // The others tell of nothing.
+        let tells = |name: &String| name.starts_with("enforce_") || name.starts_with("mark_");
+        for name in names(&ebpf).into_iter().filter(|name| drops == Drops::Counted || tells(name)) {
             let program = program(&mut ebpf, &name)?;
             program.load().with_context(|| format!("loading {name}"))?;
             let said = program.info().with_context(|| format!("asking about {name}"))?;
@@ -84,7 +94,8 @@ pub fn costs() -> Result<BTreeMap<String, Cost>> {
                 machine_code_bytes: said.size_jitted(),
                 helper_calls: text.helper_calls(&name)?,
             };
-            costs.insert(full_name(width, &name), cost);
+            let told = if drops == Drops::Told { ", telling" } else { "" };
+            costs.insert(full_name(width, &name) + told, cost);
         }
     }
     Ok(costs)

@@ -129,7 +129,7 @@ fn restarts_leak_nothing() -> Result<()> {
     }
     let restarts = std::env::var("NPM_RESTARTS").unwrap_or_else(|_| "10".into());
     let restarts: usize = restarts.parse().context("NPM_RESTARTS")?;
-    for choice in ["kfuncs,tcx", "maps,clsact"] {
+    for choice in ["kfuncs,tcx", "kfuncs,clsact", "maps,tcx", "maps,clsact"] {
         let stage = Stage::build(Means::Nothing)?;
         let node = stage.node();
         let mut backend = start(node, choice)?;
@@ -209,7 +209,7 @@ fn connections_from_before_live_on() -> Result<()> {
     if !require_root() {
         return Ok(());
     }
-    for choice in ["cast,kfuncs", "probe,maps"] {
+    for choice in Choice::every().map(|choice| choice.to_string()) {
         let mut stage = Stage::build(Means::Nothing)?;
         let port = Transport::Port(Protocol::Tcp, 80);
         stage.lab.listen(&[port])?;
@@ -234,7 +234,7 @@ fn connections_from_before_live_on() -> Result<()> {
             Ok(())
         };
         echo("before")?;
-        let mut backend = start(&node, choice)?;
+        let mut backend = start(&node, &choice)?;
         node.run(|| Ok(backend.apply(&closed()?)?))?;
         echo("enforced")?;
         let probe = Probe {
@@ -246,7 +246,7 @@ fn connections_from_before_live_on() -> Result<()> {
         };
         assert_eq!(stage.lab.probe(&[probe])?, [Outcome::Blocked], "{choice}");
         drop(backend);
-        let mut backend = start(&node, choice)?;
+        let mut backend = start(&node, &choice)?;
         echo("taken over")?;
         assert_eq!(stage.lab.probe(&[probe])?, [Outcome::Blocked], "{choice}: before the first apply");
         node.run(|| Ok(backend.apply(&closed()?)?))?;

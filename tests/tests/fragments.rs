@@ -6,7 +6,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use npm_tests::lab::packet::{Ends, IpSender, udp};
+use npm_agent::backend::ebpf::choice::Choice;
+use npm_tests::lab::packet::{Ends, IpSender, fragments, udp};
 use npm_tests::lab::require_root;
 use npm_tests::pair::{CLOSED, Stage, world};
 use npm_tests::scenario::enforcer::Means;
@@ -18,6 +19,8 @@ const OPTIONS_LEN_BYTES: usize = 256;
 /// How a datagram is split.
 #[derive(Clone, Copy, Debug)]
 enum Shape {
+    /// Of IPv4, in two halves.
+    Ipv4,
     /// In two halves.
     Plain,
     /// The first piece has options, and less data than the second: no piece fits into the second's place when the
@@ -25,13 +28,16 @@ enum Shape {
     Uneven,
 }
 
-/// A datagram of IPv6 in two pieces.
-fn pieces(ends: Ends, shape: Shape, id: u32) -> Result<[Vec<u8>; 2]> {
+/// A datagram in two pieces.
+fn pieces(ends: Ends, shape: Shape, id: u32) -> Result<Vec<Vec<u8>>> {
     let whole = udp(ends, &[7; 1200])?;
+    if let Shape::Ipv4 = shape {
+        return fragments(&whole, 608, id);
+    }
     let (header, datagram) = whole.split_at(IPV6_LEN_BYTES);
     let cut = match shape {
-        Shape::Plain => 608,
         Shape::Uneven => 304,
+        Shape::Ipv4 | Shape::Plain => 608,
     };
     let piece = |options: &[u8], data: &[u8], offset: usize, more: bool| -> Result<Vec<u8>> {
         let mut packet = header.to_vec();
@@ -51,12 +57,15 @@ fn pieces(ends: Ends, shape: Shape, id: u32) -> Result<[Vec<u8>; 2]> {
         // Then a fragment header; 31 times 8 bytes follow; the option's type and length.
         options[..4].copy_from_slice(&[44, 31, 0x1e, 252]);
     }
-    Ok([piece(&options, &datagram[..cut], 0, true)?, piece(&[], &datagram[cut..], cut, false)?])
+    Ok(vec![piece(&options, &datagram[..cut], 0, true)?, piece(&[], &datagram[cut..], cut, false)?])
 }
 
 /// Sends datagrams in pieces from one pod to the other.
 fn send(stage: &Stage, shape: Shape, port: u16) -> Result<()> {
-    let (source, destination): (IpAddr, IpAddr) = ("fd00:241::2".parse()?, "fd00:241::3".parse()?);
+    let (source, destination): (IpAddr, IpAddr) = match shape {
+        Shape::Ipv4 => ("10.241.0.2".parse()?, "10.241.0.3".parse()?),
+        Shape::Plain | Shape::Uneven => ("fd00:241::2".parse()?, "fd00:241::3".parse()?),
+    };
     let netns = stage.lab.endpoints()[stage.pod("10.241.0.2")?].netns.clone();
     netns.run(|| {
         let sender = IpSender::open()?;
@@ -90,15 +99,10 @@ fn pieces_of_denied_datagrams_do_not_arrive() -> Result<()> {
     if !require_root() {
         return Ok(());
     }
-    let all = [
-        Means::Backend,
-        Means::Ebpf("cast,maps,tcx".parse()?),
-        Means::Ebpf("probe,maps,tcx".parse()?),
-        Means::Ebpf("cast,maps,clsact".parse()?),
-    ];
+    let all = [Means::Backend].into_iter().chain(Choice::every().map(Means::Ebpf));
     for means in all {
         let mut stage = Stage::build(means)?;
-        for (index, shape) in [Shape::Plain, Shape::Uneven].into_iter().enumerate() {
+        for (index, shape) in [Shape::Ipv4, Shape::Plain, Shape::Uneven].into_iter().enumerate() {
             let port = 20_000 + 1000 * u16::try_from(index)?;
             stage.enforcer.enforce(&world("")?)?;
             stage.deafen()?;

@@ -252,7 +252,7 @@ impl Clock {
         Ok(Duration::from(own) + Duration::from(other))
     }
 
-    /// The CPU time of one packet of a batch, of which the first [`LEAD`] are not timed, and checks that all arrive, or none.
+    /// The CPU time of one packet of a batch, of which the first 64 (`LEAD`) are not timed, and checks that all arrive, or none.
     ///
     /// # Errors
     /// A packet can't be sent; too few or too many arrive: then the time is not that of what was asked.

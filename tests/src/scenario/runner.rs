@@ -221,22 +221,31 @@ impl Stage {
             let family = Family::of(service.address);
             for (from, endpoint) in self.lab.endpoints().iter().enumerate() {
                 let Some(source) = endpoint.address(family) else { continue };
-                let (destination, port) = match (endpoint.kind, service.node_port) {
-                    (EndpointKind::Pod(_), _) => (service.address, service.port),
+                // Where to, and who the backend's node takes it to come from: the source is not yet rewritten there.
+                let ways = match (endpoint.kind, service.node_port) {
+                    (EndpointKind::Pod(_), _) => vec![(service.address, service.port, source)],
                     (EndpointKind::External, Some(port)) => {
-                        let node = owners.node_of(service.backend).context("a backend has a node")?;
-                        let node = self.lab.endpoints()[node].address(family);
-                        (node.context("a node has both families")?, port)
+                        let own = owners.node_of(service.backend).context("a backend has a node")?;
+                        let through = |(index, node): (usize, &Endpoint)| {
+                            let address = node.address(family)?;
+                            // Another node has masqueraded what it sends on.
+                            Some((address, port, if index == own { source } else { address }))
+                        };
+                        let nodes = self.lab.endpoints().iter().enumerate();
+                        nodes.filter(|(_, it)| it.kind == EndpointKind::Node).filter_map(through).collect()
                     }
                     (EndpointKind::External, None) | (EndpointKind::Node, _) => continue,
                 };
-                // As FORWARD sees it: the source not yet rewritten, the destination already translated.
-                let transport = Transport::Port(service.protocol, service.target);
-                let flow = Flow { source, destination: service.backend, transport };
-                let transport = Transport::Port(service.protocol, port);
-                let expected = Some(owners.expected(world, &flow));
-                probes.push(Probe { from, source, destination, transport, expected });
-                lines.push(format!("{} -> {destination} {transport} ({flow})", name_now(endpoint, world)));
+                for (destination, port, seen) in ways {
+                    // As FORWARD sees it: the destination already translated.
+                    let transport = Transport::Port(service.protocol, service.target);
+                    let flow = Flow { source: seen, destination: service.backend, transport };
+                    let transport = Transport::Port(service.protocol, port);
+                    let expected = Some(owners.expected(world, &flow));
+                    probes.push(Probe { from, source, destination, transport, expected });
+                    lines
+                        .push(format!("{} -> {destination} {transport} ({flow})", name_now(endpoint, world)));
+                }
             }
         }
         let mut differences = Vec::new();
